@@ -1,0 +1,84 @@
+"""chatkore_async: the asyncio client for ChatKore. Unofficial.
+
+async with AsyncChatKore() as client:
+    completion = await client.chat.completions.create(
+        model="gpt-4o-mini", messages=[{"role": "user", "content": "Hello"}])
+    print(completion.text)
+"""
+
+from ._client import AsyncChatKore
+from ._config import Limits, RetryBudget, RetryPolicy, Timeout
+from ._hooks import Hook
+from ._limiter import Limiter
+from ._meta import CallMeta, PoolStats
+from ._requests import ChatCompletionRequest
+from ._responses import ChatCompletion, ChatCompletionChunk
+from ._stream import ChatStream
+from ._version import __version__
+from .errors import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    ChatKoreError,
+    ConfigurationError,
+    ConflictError,
+    ContentPolicyError,
+    ContextLengthExceededError,
+    InsufficientQuotaError,
+    InternalServerError,
+    InvalidRequestError,
+    InvalidResponseError,
+    NoChannelError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTooLargeError,
+    StreamError,
+    StreamInterruptedError,
+    StreamStalledError,
+    UnprocessableEntityError,
+)
+
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AsyncChatKore",
+    "AuthenticationError",
+    "BadRequestError",
+    "CallMeta",
+    "ChatCompletion",
+    "ChatCompletionChunk",
+    "ChatCompletionRequest",
+    "ChatKoreError",
+    "ChatStream",
+    "ConfigurationError",
+    "ConflictError",
+    "ContentPolicyError",
+    "ContextLengthExceededError",
+    "Hook",
+    "InsufficientQuotaError",
+    "InternalServerError",
+    "InvalidRequestError",
+    "InvalidResponseError",
+    "Limiter",
+    "Limits",
+    "NoChannelError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "PoolStats",
+    "RateLimitError",
+    "RequestTooLargeError",
+    "RetryBudget",
+    "RetryPolicy",
+    "StreamError",
+    "StreamInterruptedError",
+    "StreamStalledError",
+    "Timeout",
+    "UnprocessableEntityError",
+    "__version__",
+]

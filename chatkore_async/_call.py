@@ -1,0 +1,511 @@
+"""One call, from its start to its end: attempts, places, deadlines, and what is noted down on the way.
+
+An attempt that succeeds at once passes through here without tenacity, without a timer of its own and without a
+record of anything but a few numbers; the structs of `CallMeta` are made from these when they are asked for.
+"""
+
+import asyncio
+import inspect
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from . import _hooks
+from ._classify import rate_limit, request_id
+from ._config import Secret, checked_key, conceal
+from ._deadlines import NEVER, Deadline
+from ._hooks import Outcome, logger
+from ._limiter import Demand, Limiter, Report
+from ._meta import Attempt, CallMeta, Timings
+from ._options import Outgoing, Settings
+from ._protocol import Head, plain_headers
+from ._responses import Usage
+from ._retry import Bucket, Retries, retry
+from ._transport import Exchange, Pool
+from .errors import APIError, APITimeoutError, ConfigurationError, Phase, StreamStalledError
+
+T = TypeVar("T")
+
+_WAITING_FOR: dict[Phase, str] = {
+    "queue": "the rate limiter's leave",
+    "pool": "a free connection",
+    "connect": "the connection",
+    "answer": "the answer",
+    "first_token": "the first token",
+    "idle": "the next event of the stream",
+    "total": "the end of the stream",
+}
+
+
+class Notes:
+    """What a call noted down, in loop time; `meta()` makes a `CallMeta` of it."""
+
+    __slots__ = (
+        "attempts",
+        "began",
+        "connect",
+        "ended",
+        "failed",
+        "first_byte",
+        "first_token",
+        "headers",
+        "max_gap",
+        "sent",
+        "started",
+        "status",
+        "waited",
+    )
+
+    def __init__(self, now: float) -> None:
+        self.started = now
+        self.ended: float | None = None
+        self.attempts: list[Attempt] = []  # those that failed
+        self.begin_attempt(now, 0.0)
+
+    def begin_attempt(self, now: float, waited: float) -> None:
+        """Forget the last attempt's numbers."""
+        self.began = now
+        self.waited = waited
+        self.failed = False
+        self.sent: float | None = None
+        self.connect: float | None = None
+        self.first_byte: float | None = None
+        self.first_token: float | None = None
+        self.max_gap: float | None = None
+        self.status: int | None = None
+        self.headers: Mapping[str, str] = {}
+
+    def end_attempt(self, now: float, error: str | None, reported_id: str | None) -> Attempt:
+        """Return what there is to say of the running attempt."""
+        return Attempt(
+            number=len(self.attempts) + 1,
+            status=self.status,
+            error=error,
+            waited=self.waited,
+            elapsed=now - self.began,
+            request_id=request_id(self.headers) or reported_id,
+        )
+
+    def meta(self) -> CallMeta:
+        """Return what is known so far."""
+        last = () if self.failed else (self.end_attempt(self.ended or self.began, None, None),)
+        return CallMeta(
+            request_id=request_id(self.headers),
+            attempts=(*self.attempts, *last),
+            timings=Timings(
+                queued=_between(self.began, self.sent),
+                connect=self.connect,
+                first_byte=_between(self.sent, self.first_byte),
+                first_token=_between(self.sent, self.first_token),
+                max_gap=self.max_gap,
+                total=_between(self.started, self.ended),
+            ),
+            headers=plain_headers(self.headers),
+            rate_limit=rate_limit(self.headers),
+        )
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
+
+
+class Call:
+    """One call: `run` makes its attempts, `end` closes its books.
+
+    Args:
+        settings: of the client, with the call's own options over them.
+        outgoing: the encoded request.
+        pool: the running loop's.
+        bucket: the client's retry budget.
+    """
+
+    __slots__ = (
+        "_bucket",
+        "_cancelled_it",
+        "_cancelling",
+        "_deadline",
+        "_expired",
+        "_first_token_at",
+        "_idle_at",
+        "_permit",
+        "_phase",
+        "_task",
+        "_total_at",
+        "exchange",
+        "head",
+        "id",
+        "notes",
+        "outgoing",
+        "pool",
+        "settings",
+    )
+
+    head: Head
+
+    def __init__(self, settings: Settings, outgoing: Outgoing, pool: Pool, bucket: Bucket) -> None:
+        self.settings = settings
+        self.outgoing = outgoing
+        self.pool = pool
+        self.notes = Notes(pool.loop.time())
+        self._bucket = bucket
+        self.id = ""
+        self.exchange: Exchange | None = None
+        self._phase: Phase = "answer"
+        self._expired: Phase | None = None
+        self._total_at = self._first_token_at = self._idle_at = NEVER
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelling = 0
+        self._cancelled_it = False
+        self._deadline: Deadline | None = None
+        self._permit: object = None
+
+    def __repr__(self) -> str:
+        return f"<Call {self.outgoing.method} {self.outgoing.url} {self._phase}>"
+
+    async def run(self, receive: Callable[[Exchange], Awaitable[T]]) -> T:
+        """Make attempts until one succeeds or none is left, and return what `receive` made of its answer.
+
+        The deadline stays set, since a stream has it to its end; whoever calls this calls `end` once.
+
+        Raises:
+            APIError: the last attempt's, with the call's metadata.
+        """
+        notes = self.notes
+        task = self._task = asyncio.current_task()
+        self._cancelling = task.cancelling() if task is not None else 0
+        total = self.settings.timeout.total_for(stream=self.outgoing.stream)
+        if total is not None:
+            self._total_at = notes.started + total
+        self._deadline = self.pool.deadlines.set(self._total_at, self._expire)
+        if self.settings.hooks:
+            self._announce()
+        try:
+            try:
+                return await self._attempt(receive, 0.0)
+            except APIError as error:
+                return await self._retry(error, receive)
+        except APIError as error:
+            error._meta = notes
+            raise
+        except asyncio.CancelledError as cancelled:
+            # The deadline passed between two attempts.
+            if self._was_ours():
+                timeout = self.timeout_error()
+                timeout._meta = notes
+                raise timeout from cancelled
+            raise
+
+    async def _retry(self, error: APIError, receive: Callable[[Exchange], Awaitable[T]]) -> T:
+        retries = Retries(self.settings.policy, self._bucket)
+
+        def again(failure: BaseException) -> float | None:
+            if not isinstance(failure, APIError) or not retries.again(failure, self._total_at - self.pool.loop.time()):
+                return None
+            self._note_retry(failure, retries)
+            return retries.delay
+
+        def attempt() -> Awaitable[T]:
+            return self._attempt(receive, retries.delay)
+
+        return await retry(error, attempt, again=again, sleep=asyncio.sleep)
+
+    async def _attempt(self, receive: Callable[[Exchange], Awaitable[T]], waited: float) -> T:
+        """Make one attempt: leave, place, request, answer."""
+        pool, notes = self.pool, self.notes
+        loop = pool.loop
+        if notes.attempts:
+            notes.begin_attempt(loop.time(), waited)
+            self._expired = None
+        exchange: Exchange | None = None
+        try:
+            headers, secret = await self._headers()
+            if self.settings.limiter is not None:
+                await self._ask(self.settings.limiter)
+            host_place = await self._take_place()
+            now = notes.sent = loop.time()
+            self._phase = "answer"
+            if self.outgoing.stream:
+                self._watch_stream(now)
+            try:
+                exchange = await pool.send(
+                    self.outgoing.method,
+                    self.outgoing.url,
+                    self.outgoing.body,
+                    headers,
+                    host_place=host_place,
+                    connect=self.settings.timeout.connect,
+                    proxy=self.settings.proxy,
+                    ssl=self.settings.ssl,
+                )
+            except BaseException:
+                pool.slots.release()
+                if host_place is not None:
+                    host_place.release()
+                raise
+            self.exchange = exchange
+            notes.first_byte = loop.time()
+            notes.connect = exchange.connect
+            notes.status = exchange.status
+            notes.headers = exchange.headers
+            self.head = Head(exchange.status, exchange.headers, secret)
+            return await receive(exchange)
+        except APIError as error:
+            if self._expired is not None:
+                # The read failed because the deadline closed its connection.
+                self._was_ours()
+                timeout = self.timeout_error()
+                self._note_failure(timeout)
+                raise timeout from error
+            self._note_failure(error)
+            raise
+        except asyncio.CancelledError as cancelled:
+            if self._was_ours():
+                timeout = self.timeout_error()
+                self._note_failure(timeout)
+                raise timeout from cancelled
+            raise
+        finally:
+            if exchange is not None and not self.outgoing.stream:
+                exchange.abort()  # does nothing to one that was read to its end
+                self.exchange = None
+
+    async def _headers(self) -> tuple[Mapping[str, str] | None, Secret]:
+        """Return the headers of this attempt beyond the session's, and the key among them."""
+        endpoint, extra = self.settings.endpoint, self.outgoing.headers
+        headers: dict[str, str] | None = None
+        if endpoint.headers is not self.pool.headers:
+            headers = dict(endpoint.headers)
+        if isinstance(endpoint.key, Secret):
+            secret = endpoint.key
+        else:
+            secret = await _ask_for_key(endpoint.key)
+            headers = {**(headers or {}), "Authorization": Secret(f"Bearer {secret}")}
+        if extra:
+            headers = {**(headers or {}), **extra}
+        if self.settings.hooks:
+            started = _hooks.AttemptStart(call_id=self.id, number=len(self.notes.attempts) + 1)
+            if added := _hooks.notify(self.settings.hooks, "on_attempt", started):
+                headers = {**(headers or {}), **added}
+        return headers, secret
+
+    async def _ask(self, limiter: Limiter) -> None:
+        self._phase = "queue"
+        self._permit = await limiter.acquire(
+            Demand(
+                endpoint=self.settings.endpoint.base_url,
+                model=self.outgoing.model,
+                size=len(self.outgoing.body or b""),
+                attempt=len(self.notes.attempts) + 1,
+            )
+        )
+        if not self.outgoing.stream and self._deadline is not None and self.settings.timeout.leaves_total_alone:
+            # A default that nobody chose does not count the time in a queue that somebody did choose.
+            total = self.settings.timeout.total_for(stream=False)
+            self._total_at = self._deadline.when = self.pool.loop.time() + (NEVER if total is None else total)
+
+    async def _take_place(self) -> Any:
+        """Wait for a place, the host's first, and return the host's, where hosts are limited."""
+        pool = self.pool
+        host_place = pool.host_slots(self.outgoing.url)
+        if host_place is not None and not host_place.take():
+            self._phase = "pool"
+            await host_place.wait()
+        if not pool.slots.take():
+            self._phase = "pool"
+            try:
+                await pool.slots.wait()
+            except BaseException:
+                if host_place is not None:
+                    host_place.release()
+                raise
+        return host_place
+
+    # Deadlines. One entry in the loop's heap serves the call; what it stands for is decided when it comes up.
+
+    def _watch_stream(self, now: float) -> None:
+        timeout = self.settings.timeout
+        self._first_token_at = NEVER if timeout.first_token is None else now + timeout.first_token
+        self._idle_at = NEVER if timeout.idle is None else now + timeout.idle
+        self._reset_deadline()
+
+    def wait_for_event(self, now: float) -> None:
+        """Begin to count the idle time of a stream."""
+        if self.settings.timeout.idle is not None:
+            self._idle_at = now + self.settings.timeout.idle
+            self._reset_deadline()
+
+    def stop_waiting(self) -> None:
+        """Stop to count: whatever the reader of an event does with it, the server is not idle meanwhile."""
+        self._idle_at = NEVER
+        deadline = self._deadline
+        if deadline is not None:
+            deadline.when = min(self._total_at, self._first_token_at)
+
+    def answered(self) -> None:
+        """The status line of a stream came; now its first delta is waited for."""
+        self._phase = "first_token"
+
+    def first_delta(self, now: float) -> None:
+        """The first delta of a stream came."""
+        self._phase = "total"
+        self._first_token_at = NEVER
+        sent = self.notes.sent
+        self.notes.first_token = now
+        if self.settings.hooks and sent is not None:
+            _hooks.notify(self.settings.hooks, "on_first_token", _hooks.FirstToken(call_id=self.id, elapsed=now - sent))
+
+    def _reset_deadline(self) -> None:
+        deadline = self._deadline
+        if deadline is not None:
+            deadline.when = min(self._total_at, self._first_token_at, self._idle_at)
+            if deadline.when < deadline.seen_at:
+                self.pool.deadlines.watch(deadline)
+
+    def _expire(self) -> None:
+        """A deadline passed. Runs in the loop's timer."""
+        passed = min(self._total_at, self._first_token_at, self._idle_at)
+        if passed == self._total_at:
+            self._expired = "total"
+        else:
+            self._expired = "first_token" if passed == self._first_token_at else "idle"
+            # The next attempt is watched anew, and the total goes on meanwhile.
+            self._first_token_at = self._idle_at = NEVER
+            self._deadline = self.pool.deadlines.set(self._total_at, self._expire)
+        if self.exchange is not None:
+            self.exchange.abort()
+        elif self._task is not None:
+            self._cancelled_it = True
+            self._task.cancel()
+
+    @property
+    def expired(self) -> bool:
+        """Whether a deadline of this call passed."""
+        return self._expired is not None
+
+    def _was_ours(self) -> bool:
+        """Take back our deadline's cancellation, and tell whether it was the only one (as `asyncio.timeout` does)."""
+        if not self._cancelled_it or self._task is None:
+            return False
+        self._cancelled_it = False
+        return self._task.uncancel() <= self._cancelling
+
+    def timeout_error(self) -> APITimeoutError:
+        """Return the error for the deadline that passed."""
+        timeout, phase = self.settings.timeout, self._phase
+        if self._expired == "idle" and self.exchange is not None:
+            return StreamStalledError(
+                f"nothing but silence or pings for {timeout.idle:g} s", phase="idle", retryable="unconfirmed"
+            )
+        if self._expired == "first_token":
+            seconds, phase = timeout.first_token, "first_token"
+        elif self._expired == "idle":
+            seconds = timeout.idle
+        else:
+            seconds = timeout.total_for(stream=self.outgoing.stream)
+            if phase == "answer" and self.pool.is_connecting(self._task):
+                phase = "connect"
+        return APITimeoutError(
+            f"timed out after {seconds:g} s, waiting for {_WAITING_FOR[phase]}", phase=phase, retryable="unconfirmed"
+        )
+
+    # Books.
+
+    def _announce(self) -> None:
+        self.id = os.urandom(8).hex()
+        start = _hooks.CallStart(
+            call_id=self.id, model=self.outgoing.model, stream=self.outgoing.stream, url=self.outgoing.url
+        )
+        _hooks.notify(self.settings.hooks, "on_call_start", start)
+
+    def _note_failure(self, error: APIError) -> None:
+        notes = self.notes
+        if self.exchange is not None:
+            self.exchange.abort()
+            self.exchange = None
+        if not notes.failed:
+            notes.attempts.append(notes.end_attempt(self.pool.loop.time(), type(error).__name__, error._reported_id))
+            notes.failed = True
+        self._release_permit(None, error.retry_after)
+
+    def fail(self, error: APIError) -> None:
+        """Write down that a stream failed after its first delta, and give the error the call's metadata."""
+        self._note_failure(error)
+        error._meta = self.notes
+
+    def _note_retry(self, error: APIError, retries: Retries) -> None:
+        logger.info(
+            "attempt %d failed (%s), the next follows in %.2f s", retries.count, error._headline(), retries.delay
+        )
+        if self.settings.hooks:
+            event = _hooks.Retry(call_id=self.id, number=retries.count, error=error, delay=retries.delay)
+            _hooks.notify(self.settings.hooks, "on_retry", event)
+
+    def _release_permit(self, usage: Usage | None, retry_after: float | None) -> None:
+        permit, self._permit = self._permit, None
+        if permit is not None and self.settings.limiter is not None:
+            notes = self.notes
+            self.settings.limiter.release(
+                permit,
+                Report(
+                    status=notes.status,
+                    headers=plain_headers(notes.headers),
+                    usage=usage,
+                    retry_after=retry_after,
+                ),
+            )
+
+    def end_with(self, error: BaseException) -> None:
+        """Close the books over an exception: an error, or else a cancellation, an interrupt, an exit."""
+        if isinstance(error, Exception):
+            self.end("error", error)
+        else:
+            self.end("cancelled")
+
+    def end(self, outcome: Outcome, error: Exception | None = None, usage: Usage | None = None) -> None:
+        """Close the books: the call is over. Doing so twice is fine."""
+        notes = self.notes
+        if notes.ended is not None:
+            return
+        notes.ended = self.pool.loop.time()
+        if self._deadline is not None:
+            self.pool.deadlines.cancel(self._deadline)
+        if self.exchange is not None:
+            self.exchange.abort()
+            self.exchange = None
+        self._release_permit(usage, None)
+        if outcome == "ok":
+            self._bucket.refund()
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "%s %s: %s, status %s, %d attempts, %.3f s",
+                self.outgoing.method,
+                self.outgoing.url,
+                outcome,
+                notes.status,
+                len(notes.attempts) + (not notes.failed),
+                notes.ended - notes.started,
+            )
+        if self.settings.hooks:
+            event = _hooks.CallEnd(call_id=self.id, outcome=outcome, error=error, meta=notes.meta())
+            _hooks.notify(self.settings.hooks, "on_call_end", event)
+
+
+async def awaited(call: Call, receive: Callable[[Exchange], Awaitable[T]], usage: Callable[[T], Usage | None]) -> T:
+    """Run a call to its end and return its result."""
+    try:
+        result = await call.run(receive)
+    except BaseException as error:
+        call.end_with(error)
+        raise
+    call.end("ok", usage=usage(result))
+    return result
+
+
+async def _ask_for_key(source: Callable[[], str | Awaitable[str]]) -> Secret:
+    given = source()
+    key = conceal(await given if inspect.isawaitable(given) else given)
+    del given
+    if not isinstance(key, Secret):
+        raise ConfigurationError(f"the api_key callable returned {type(key).__name__}, not a string")
+    return checked_key(key)

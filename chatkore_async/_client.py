@@ -1,0 +1,426 @@
+"""The client and its resources: wires the rooms below together, decides nothing.
+
+Most of this file is the signatures and the documentation of what users call.
+"""
+
+import difflib
+import inspect
+import os
+import ssl as _ssl
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self, Unpack, overload
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from . import _codec
+from ._call import Call, awaited
+from ._classify import MAX_BODY
+from ._config import (
+    KeySource,
+    Limits,
+    RetryPolicy,
+    Timeout,
+    conceal,
+    is_loopback,
+    make_endpoint,
+    merge_headers,
+)
+from ._hooks import Hook, logger
+from ._limiter import Limiter
+from ._meta import PoolStats
+from ._options import OPTION_NAMES, CallOptions, CallParams, Outgoing, Settings, with_max_retries
+from ._protocol import read_completion, read_models
+from ._requests import ChatCompletionRequest
+from ._responses import ChatCompletion, Model
+from ._retry import Bucket
+from ._stream import ChatStream
+from ._transport import Exchange, Session, SessionManager, checked_proxy
+from .errors import ConfigurationError, InvalidRequestError
+
+_STREAM_HEADERS = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
+
+
+class AsyncChatKore:
+    """The asyncio client for ChatKore.
+
+        async with AsyncChatKore() as client:
+            completion = await client.chat.completions.create(model="gpt-4o-mini", messages=[...])
+
+    Making one does no I/O and needs no running loop, so it may live in a module. It serves several event loops, one
+    after another or in several threads, with a pool of connections for each; when a loop ends, its pool is closed
+    with it.
+
+    Args:
+        api_key: the key, or a sync or async callable that returns one, asked before each attempt so that keys can
+            rotate. Default: the environment variable `CHATKORE_API_KEY`.
+        base_url: `https://host`, `https://host/v1` or `https://host/v1/chat/completions`; another base path is kept.
+            Default: `CHATKORE_BASE_URL`, else `https://api.chatkore.com/v1`.
+        timeout: a `Timeout`, seconds in total, or `None` for no limit at all.
+        max_retries: attempts after the first.
+        retry: a whole `RetryPolicy`, which wins over `max_retries`.
+        limits: of the pool of each event loop, and of what an answer may hold.
+        rate_limit: asked before each attempt of every call; see `Limiter`.
+        default_headers: sent with every request, over our own.
+        hooks: objects that have any of the methods of `Hook`.
+        proxy: a URL; `None` takes `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY` from the environment, read
+            once per session; `False` takes none.
+        ssl: a context with your company's certificates. Default: the system's, verified.
+        session: an `aiohttp.ClientSession` of your own, used as it is and never closed by us.
+
+    Raises:
+        ConfigurationError: no key, a key that no header can carry, a base URL that is none, an impossible setting.
+    """
+
+    chat: "Chat"
+    models: "Models"
+
+    def __init__(
+        self,
+        *,
+        api_key: str | KeySource | None = None,
+        base_url: str | None = None,
+        timeout: Timeout | float | None = Timeout(),  # noqa: B008 - frozen
+        max_retries: int = 2,
+        retry: RetryPolicy | None = None,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        rate_limit: Limiter | None = None,
+        default_headers: Mapping[str, str] | None = None,
+        hooks: Sequence[Hook | object] = (),
+        proxy: str | Literal[False] | None = None,
+        ssl: _ssl.SSLContext | None = None,
+        session: Session | None = None,
+    ) -> None:
+        key, api_key = conceal(api_key), None
+        settings = Settings(
+            endpoint=make_endpoint(key, base_url, default_headers, os.environ),
+            timeout=Timeout.of(timeout),
+            policy=RetryPolicy(max_retries=max_retries) if retry is None else _checked(retry, RetryPolicy, "retry"),
+            hooks=tuple(hooks),
+            limiter=rate_limit,
+            proxy=checked_proxy(proxy) if isinstance(proxy, str) else _checked_flag(proxy),
+            ssl=ssl if ssl is None else _checked(ssl, _ssl.SSLContext, "ssl"),
+        )
+        manager = SessionManager(_checked(limits, Limits, "limits"), settings.endpoint.headers, settings.ssl, session)
+        self._set_up(settings, manager, Bucket(settings.policy.budget), owner=True)
+
+    def _set_up(self, settings: Settings, manager: SessionManager, bucket: Bucket, *, owner: bool) -> None:
+        self._settings = settings
+        self._manager = manager
+        self._bucket = bucket
+        self._owner = owner
+        self.chat = Chat(self)
+        self.models = Models(self)
+        base_url = settings.endpoint.base_url
+        if base_url.startswith("http://") and not is_loopback(base_url):
+            logger.warning("%s is not encrypted: the API key can be read on the way", base_url)
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<AsyncChatKore {self._settings.endpoint.base_url} closed>"
+        pool, limit = self.pool, self._manager.limits.max_connections
+        return f"<AsyncChatKore {self._settings.endpoint.base_url} open {pool.open}/{limit} idle {pool.idle}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an AsyncChatKore is not pickled, since it holds connections and a key; make one where it is used"
+        )
+
+    async def __aenter__(self) -> Self:
+        self._manager.check_open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def base_url(self) -> str:
+        """The URL that every path is appended to."""
+        return self._settings.endpoint.base_url
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._manager.closed
+
+    @property
+    def pool(self) -> PoolStats:
+        """A snapshot of the connections, over all event loops."""
+        return self._manager.stats()
+
+    async def close(self) -> None:
+        """Close all connections. Closing twice is fine, and closing a copy does nothing.
+
+        The connections are told to close before anything is awaited, so a cancellation here loses nothing.
+        """
+        if self._owner:
+            await self._manager.close()
+
+    aclose = close
+
+    def with_options(
+        self,
+        *,
+        api_key: str | KeySource | UnsetType = UNSET,
+        base_url: str | UnsetType = UNSET,
+        timeout: Timeout | float | None | UnsetType = UNSET,
+        max_retries: int | UnsetType = UNSET,
+        retry: RetryPolicy | UnsetType = UNSET,
+        rate_limit: Limiter | None | UnsetType = UNSET,
+        default_headers: Mapping[str, str] | UnsetType = UNSET,
+        hooks: Sequence[Hook | object] | UnsetType = UNSET,
+        proxy: str | Literal[False] | None | UnsetType = UNSET,
+        ssl: _ssl.SSLContext | None | UnsetType = UNSET,
+    ) -> "AsyncChatKore":
+        """Return a light copy with other settings, which shares the pool and the retry budget.
+
+        `default_headers` are merged over those there are; everything else takes the place of what there is.
+
+        Raises:
+            ConfigurationError: as for the client itself.
+        """
+        key, api_key = (UNSET if isinstance(api_key, UnsetType) else conceal(api_key)), UNSET
+        old = self._settings
+        changes: dict[str, Any] = {}
+        if not isinstance(key, UnsetType) or not isinstance(base_url, UnsetType):
+            changes["endpoint"] = make_endpoint(
+                old.endpoint.key if isinstance(key, UnsetType) else key,
+                old.endpoint.base_url if isinstance(base_url, UnsetType) else base_url,
+                old.endpoint.headers_of_caller,
+                os.environ,
+            )
+        if not isinstance(default_headers, UnsetType):
+            endpoint = changes.get("endpoint", old.endpoint)
+            changes["endpoint"] = msgspec.structs.replace(
+                endpoint,
+                headers=merge_headers(endpoint.headers, default_headers),
+                headers_of_caller=merge_headers(endpoint.headers_of_caller, default_headers),
+            )
+        if not isinstance(timeout, UnsetType):
+            changes["timeout"] = Timeout.of(timeout)
+        if not isinstance(retry, UnsetType):
+            changes["policy"] = _checked(retry, RetryPolicy, "retry")
+        elif not isinstance(max_retries, UnsetType):
+            changes["policy"] = with_max_retries(old.policy, max_retries)
+        if not isinstance(rate_limit, UnsetType):
+            changes["limiter"] = rate_limit
+        if not isinstance(hooks, UnsetType):
+            changes["hooks"] = tuple(hooks)
+        if not isinstance(proxy, UnsetType):
+            changes["proxy"] = checked_proxy(proxy) if isinstance(proxy, str) else _checked_flag(proxy)
+        if not isinstance(ssl, UnsetType):
+            changes["ssl"] = ssl if ssl is None else _checked(ssl, _ssl.SSLContext, "ssl")
+        copy = object.__new__(type(self))
+        copy._set_up(msgspec.structs.replace(old, **changes), self._manager, self._bucket, owner=False)
+        return copy
+
+    def _call(self, settings: Settings, outgoing: Outgoing) -> Call:
+        return Call(settings, outgoing, self._manager.pool(), self._bucket)
+
+
+class Chat:
+    """`client.chat`."""
+
+    def __init__(self, client: AsyncChatKore) -> None:
+        self.completions = Completions(client)
+
+
+class Completions:
+    """`client.chat.completions`."""
+
+    def __init__(self, client: AsyncChatKore) -> None:
+        self._client = client
+
+    @overload
+    async def create(
+        self, request: ChatCompletionRequest, /, *, stream: Literal[False] = False, **options: Unpack[CallOptions]
+    ) -> ChatCompletion: ...
+    @overload
+    async def create(
+        self, request: None = None, /, *, stream: Literal[False] = False, **params: Unpack[CallParams]
+    ) -> ChatCompletion: ...
+    @overload
+    async def create(
+        self, request: ChatCompletionRequest, /, *, stream: Literal[True], **options: Unpack[CallOptions]
+    ) -> ChatStream: ...
+    @overload
+    async def create(
+        self, request: None = None, /, *, stream: Literal[True], **params: Unpack[CallParams]
+    ) -> ChatStream: ...
+    async def create(
+        self, request: ChatCompletionRequest | None = None, /, *, stream: bool = False, **params: Any
+    ) -> ChatCompletion | ChatStream:
+        """Ask for a completion and return it whole; with `stream=True` return an open `ChatStream`.
+
+        Args:
+            request: a ready request in place of the fields.
+            stream: whether to get the answer piece by piece; `stream()` reads better in most places.
+            **params: the fields of a request, `model` and `messages` first, and the options of the call: `timeout`,
+                `max_retries`, `extra_headers`, `extra_query`, `extra_body`. A field that is `msgspec.UNSET` is not
+                sent, `None` is sent as `null`.
+
+        Raises:
+            InvalidRequestError: an argument cannot be sent; its `path` says which. Nothing was sent.
+            TypeError: a keyword that is no field and no option.
+            APIError: the call failed, after whatever retries its policy allows; see `errors`.
+        """
+        if stream:
+            opened = self._stream(request, params)
+            await opened.open()
+            return opened
+        settings, outgoing, _ = self._prepare(request, params, stream=False)
+        call = self._client._call(settings, outgoing)
+        limit = self._client._manager.limits.max_body_size
+
+        async def receive(exchange: Exchange) -> ChatCompletion:
+            healthy = exchange.status == 200
+            return read_completion(call.head, await exchange.read(limit if healthy else MAX_BODY, cut=not healthy))
+
+        completion = await awaited(call, receive, _usage_of)
+        completion._meta = call.notes
+        return completion
+
+    @overload
+    def stream(self, request: ChatCompletionRequest, /, **options: Unpack[CallOptions]) -> ChatStream: ...
+    @overload
+    def stream(self, request: None = None, /, **params: Unpack[CallParams]) -> ChatStream: ...
+    def stream(self, request: ChatCompletionRequest | None = None, /, **params: Any) -> ChatStream:
+        """Return a `ChatStream`, which opens on `async with` or at the first step of `async for`.
+
+        Takes what `create` takes. `stream_options={"include_usage": True}` is sent unless you give `stream_options`
+        (`msgspec.UNSET` sends none); when it was added here, the chunk that has only usage is merged, not yielded.
+
+        Raises:
+            InvalidRequestError: an argument cannot be sent; its `path` says which.
+            TypeError: a keyword that is no field and no option.
+        """
+        return self._stream(request, params)
+
+    def _stream(self, request: ChatCompletionRequest | None, params: dict[str, Any]) -> ChatStream:
+        settings, outgoing, added_usage = self._prepare(request, params, stream=True)
+        client = self._client
+        return ChatStream(
+            lambda: client._call(settings, outgoing),
+            hide_usage=added_usage,
+            max_event_size=client._manager.limits.max_event_size,
+        )
+
+    def _prepare(
+        self, request: ChatCompletionRequest | None, params: dict[str, Any], *, stream: bool
+    ) -> tuple[Settings, Outgoing, bool]:
+        """Return the call's settings, its encoded request, and whether we asked for usage in the caller's place."""
+        options = {name: params.pop(name) for name in OPTION_NAMES & params.keys()}
+        fields = _fields(request, params)
+        adds_usage = stream and fields.get("stream_options", UNSET) is UNSET and "stream_options" not in params
+        if adds_usage:
+            fields = {**fields, "stream_options": {"include_usage": True}}
+        body = _codec.encode_request(fields, stream=stream, extra_body=options.get("extra_body"))
+        settings = self._client._settings
+        outgoing = Outgoing(
+            "POST",
+            settings.endpoint.url("/chat/completions", options.get("extra_query")),
+            body,
+            fields["model"],
+            _extra_headers(options.get("extra_headers"), _STREAM_HEADERS if stream else None),
+            stream,
+        )
+        return settings.with_call_options(options) if options else settings, outgoing, adds_usage
+
+
+class Models:
+    """`client.models`."""
+
+    def __init__(self, client: AsyncChatKore) -> None:
+        self._client = client
+
+    async def list(
+        self,
+        *,
+        timeout: Timeout | float | None | UnsetType = UNSET,
+        max_retries: int | UnsetType = UNSET,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_query: Mapping[str, object] | None = None,
+    ) -> list[Model]:
+        """Return the models that the endpoint offers (`GET /v1/models`).
+
+        Raises:
+            APIError: as for `create`.
+        """
+        given = {"timeout": timeout, "max_retries": max_retries}
+        client = self._client
+        settings = client._settings.with_call_options({k: v for k, v in given.items() if v is not UNSET})
+        url = settings.endpoint.url("/models", extra_query)
+        call = client._call(settings, Outgoing("GET", url, None, "", _extra_headers(extra_headers, None)))
+
+        async def receive(exchange: Exchange) -> "list[Model]":
+            healthy = exchange.status == 200
+            limit = client._manager.limits.max_body_size if healthy else MAX_BODY
+            return read_models(call.head, await exchange.read(limit, cut=not healthy))
+
+        return await awaited(call, receive, lambda _: None)
+
+
+def _usage_of(completion: ChatCompletion) -> Any:
+    return completion.usage
+
+
+def _fields(request: ChatCompletionRequest | None, params: dict[str, Any]) -> dict[str, Any]:
+    if request is not None:
+        if not isinstance(request, ChatCompletionRequest):
+            raise TypeError(f"the positional argument is a ChatCompletionRequest, not {type(request).__name__}")
+        if params:
+            raise TypeError(f"a ready request takes options only, not {', '.join(map(repr, params))}")
+        return msgspec.structs.asdict(request)
+    if unknown := params.keys() - _codec.REQUEST_FIELDS:
+        name = sorted(unknown)[0]
+        near = difflib.get_close_matches(name, [*_codec.REQUEST_FIELDS, *OPTION_NAMES], 1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TypeError(
+            f"{name!r} is no parameter of a completion{meant}; a vendor's field goes into extra_body={{{name!r}: ...}}"
+        )
+    return params
+
+
+def _extra_headers(extra: Mapping[str, str] | None, base: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    if not extra:
+        return base
+    try:
+        return merge_headers(base or {}, extra)
+    except ConfigurationError as error:
+        raise InvalidRequestError(str(error), path="$.extra_headers") from error
+
+
+def _checked(value: Any, kind: type[Any], name: str) -> Any:
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"{name} must be a {kind.__name__}, not {value!r}")
+    return value
+
+
+def _checked_flag(proxy: object) -> Literal[False] | None:
+    if proxy is None or proxy is False:
+        return proxy
+    raise ConfigurationError(f"proxy must be a URL, None for the environment's, or False for none, not {proxy!r}")
+
+
+def _signature(*extra: inspect.Parameter) -> inspect.Signature:
+    """A signature that shows every field, for notebooks; the code itself takes `**params`."""
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=UNSET, annotation=annotation)
+        for name, annotation in (*ChatCompletionRequest.__annotations__.items(), *CallOptions.__annotations__.items())
+    ]
+    own = [
+        inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY),
+        inspect.Parameter(
+            "request", inspect.Parameter.POSITIONAL_ONLY, default=None, annotation=ChatCompletionRequest | None
+        ),
+    ]
+    return inspect.Signature([*own, *named, *extra])
+
+
+Completions.create.__signature__ = _signature(  # type: ignore[attr-defined]
+    inspect.Parameter("stream", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+).replace(return_annotation=ChatCompletion | ChatStream)
+Completions.stream.__signature__ = _signature().replace(return_annotation=ChatStream)  # type: ignore[attr-defined]

@@ -1,0 +1,390 @@
+"""`ChatStream`: an answer that arrives piece by piece.
+
+What happens to one delta is kept short: the segment it came in is cut by `_sse`, its bytes are decoded into a chunk,
+the chunk is put aside for the accumulator and handed out. No task, no timer, no copy. All that is rare (errors, pings,
+the end, forms that strict decoding refuses) is behind the one `try` or the one `if` of that way.
+"""
+
+import asyncio
+import collections
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
+
+from . import _codec
+from ._accumulate import BATCH, Accumulator, has_delta
+from ._call import Call
+from ._classify import MAX_BODY
+from ._codec import MISFIT
+from ._events import EventReader
+from ._hooks import logger
+from ._meta import CallMeta
+from ._protocol import DONE, not_the_api, read_completion, read_error, read_event
+from ._responses import ChatCompletion, ChatCompletionChunk, Completeness
+from ._sse import EventTooLargeError
+from ._transport import Exchange, mapped
+from .errors import APIError, ChatKoreError, InvalidResponseError, StreamError, StreamInterruptedError
+
+
+class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
+    """The chunks of one streamed completion.
+
+    It opens on `async with`, or at the first step of `async for`:
+
+        async with client.chat.completions.stream(model=..., messages=...) as stream:
+            async for chunk in stream:
+                print(chunk.text, end="")
+
+    Leaving the block, `aclose()` or cancellation frees the connection at once; a bare `async for` that breaks frees it
+    when the stream is collected. It is read by one task at a time, and only once.
+
+    Raises:
+        StreamInterruptedError: the stream was cut, or ended before every choice had its finish reason.
+        StreamStalledError: nothing but silence or pings came for `Timeout.idle` seconds.
+        InvalidResponseError: it ended without a delta, or held what is not the API's.
+        APIError: what an awaited call raises. After the first delta every error has `.partial`.
+    """
+
+    def __init__(self, make_call: Callable[[], Call], *, hide_usage: bool, max_event_size: int | None) -> None:
+        self._make_call = make_call
+        self._hide_usage = hide_usage
+        self._max_event_size = max_event_size
+        self._call: Call | None = None
+        self._reader: EventReader | None = None
+        self._merged = Accumulator()
+        self._held: collections.deque[ChatCompletionChunk] = collections.deque()  # up to the first delta
+        self._usage_came_last = False
+        self._done = False  # `[DONE]` came
+        self._ended = False  # nothing more will be handed out
+        self._busy = False
+        self._failure: BaseException | None = None
+        self._completeness: Completeness | None = None
+
+    def __repr__(self) -> str:
+        if self._call is None:
+            state = "not opened"
+        elif self._ended:
+            state = self._completeness or "left"
+        else:
+            state = "open"
+        return f"<ChatStream {state}>"
+
+    # What it tells.
+
+    @property
+    def completeness(self) -> Completeness | None:
+        """How the stream ended; `None` while it runs, and when its reader left early.
+
+        `"complete"`: every started choice had a finish reason. `"unconfirmed"`: the server said it was done, but a
+        started choice has none, which is how relays truncate. `"truncated"`: it just ended (and an error was raised).
+        """
+        return self._completeness
+
+    @property
+    def snapshot(self) -> ChatCompletion:
+        """The completion so far, merged from the chunks handed out."""
+        completion = self._merged.completion()
+        if self._call is not None:
+            completion._meta = self._call.notes
+        return completion
+
+    @property
+    def meta(self) -> CallMeta:
+        """The call's metadata so far."""
+        return CallMeta() if self._call is None else self._call.notes.meta()
+
+    @property
+    def text_stream(self) -> AsyncIterator[str]:
+        """The text of the first choice as it comes, without the chunks around it."""
+        return self._texts()
+
+    async def _texts(self) -> AsyncIterator[str]:
+        async for chunk in self:
+            if text := chunk.text:
+                yield text
+
+    async def get_final_completion(self) -> ChatCompletion:
+        """Read to the end and return the merged completion.
+
+        Raises:
+            APIError: what reading the rest raises; what it raised already, when the stream has failed.
+            StreamError: the stream was left before its end.
+        """
+        async for _ in self:
+            pass
+        if self._failure is not None:
+            raise self._failure
+        if self._completeness is None:
+            raise StreamError("the stream was left before its end", partial=self.snapshot, meta=self.meta)
+        return self.snapshot
+
+    # How it is used.
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave(error)
+
+    async def open(self) -> None:
+        """Send the request and wait for the first delta. Doing so twice is fine.
+
+        Raises:
+            APIError: no attempt got as far as a delta.
+        """
+        if self._call is not None or self._ended:
+            return
+        call = self._call = self._make_call()
+        try:
+            await call.run(self._receive)
+        except BaseException as error:
+            self._ended = True
+            self._failure = error
+            call.end_with(error)
+            raise
+
+    def __aiter__(self) -> AsyncIterator[ChatCompletionChunk]:
+        # A native generator costs a delta less than a call of `__anext__`. It keeps nothing of its own, so that a loop
+        # which was left can be taken up by another.
+        return self._chunks()
+
+    async def __anext__(self) -> ChatCompletionChunk:
+        # Written out: the one of `collections.abc.AsyncGenerator` costs a coroutine more.
+        if self._call is None and not self._ended:
+            await self.open()
+        while True:
+            chunk = self._next()
+            if chunk is not None:
+                return chunk
+            if self._ended:
+                raise StopAsyncIteration
+            await self._fill()
+
+    async def asend(self, value: None) -> ChatCompletionChunk:
+        """Return the next chunk. Only `None` may be sent; there is nobody who would take anything else."""
+        if value is not None:
+            raise TypeError("a ChatStream takes only None")
+        return await self.__anext__()
+
+    async def athrow(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: BaseException | object = None,
+        traceback: TracebackType | None = None,
+    ) -> ChatCompletionChunk:
+        """Leave the stream and raise what is thrown."""
+        error = kind if isinstance(kind, BaseException) else value
+        if not isinstance(error, BaseException):
+            error = kind() if isinstance(kind, type) else RuntimeError(kind)
+        self._leave(error)
+        raise error.with_traceback(traceback)
+
+    async def aclose(self) -> None:
+        """Leave the stream: free the connection at once. Awaits nothing; doing so twice is fine."""
+        self._leave(None)
+
+    def __del__(self) -> None:
+        call = getattr(self, "_call", None)
+        if call is None or self._ended or call.pool.loop.is_closed():
+            return
+        try:
+            here = asyncio.get_running_loop() is call.pool.loop
+        except RuntimeError:
+            here = False
+        if here:
+            call.end("left")
+        else:  # the collector runs in whichever thread it likes
+            call.pool.loop.call_soon_threadsafe(call.end, "left")
+
+    # How it works.
+
+    async def _chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
+        if self._call is None and not self._ended:
+            await self.open()
+        held, merged, decode = self._held, self._merged, _codec.decode_chunk_strictly
+        events = collections.deque[bytes]() if self._reader is None else self._reader.events
+        while True:
+            while held:
+                chunk = held.popleft()
+                merged.pending.append(chunk)
+                yield chunk
+            while events:
+                data = events.popleft()
+                try:
+                    chunk = decode(data)
+                except MISFIT:
+                    rare = self._read_rarely(data)
+                else:
+                    if chunk.choices and type(data) is bytes:
+                        chunk._raw = data
+                        merged.pending.append(chunk)
+                        yield chunk
+                        continue
+                    rare = self._read_rarely(data)
+                if rare is not None:
+                    merged.pending.append(rare)
+                    yield rare
+            if self._ended:
+                return
+            await self._fill()
+
+    def _next(self) -> ChatCompletionChunk | None:
+        """Return the next chunk of what has arrived, or `None` when more has to arrive first."""
+        if self._reader is None:
+            return None
+        while self._held or self._reader.events:
+            chunk = self._held.popleft() if self._held else self._read(self._reader.events.popleft())
+            if chunk is not None:
+                self._merged.pending.append(chunk)
+                return chunk
+        return None
+
+    def _read(self, data: bytes) -> ChatCompletionChunk | None:
+        try:
+            chunk = _codec.decode_chunk_strictly(data)
+        except MISFIT:
+            return self._read_rarely(data)
+        if not chunk.choices or type(data) is not bytes:
+            return self._read_rarely(data)
+        chunk._raw = data
+        return chunk
+
+    def _read_rarely(self, data: bytes) -> ChatCompletionChunk | None:
+        """Read an event that is no common chunk: return a chunk to hand out, or `None`; raise what it reports."""
+        call, reader = self._opened()
+        try:
+            if reader.whole:
+                read_completion(call.head, data)  # S12: raises what a whole answer can hide
+                self._done = True
+            chunk = read_event(call.head, data)
+        except APIError as error:
+            if call.notes.first_token is None:
+                raise  # the attempt failed as a plain call does, and may be repeated like one
+            raise self._failed(error) from error.__cause__
+        if chunk == DONE:
+            self._done = True
+            reader.events.clear()
+            return None
+        if isinstance(chunk, ChatCompletionChunk):
+            if chunk.usage is None or chunk.choices:
+                return chunk
+            self._usage_came_last = True
+            if not self._hide_usage:
+                return chunk
+            # We asked for it, the caller did not, and `chunk.choices[0]` is to be safe.
+            self._merged.pending.append(chunk)
+        return None
+
+    def _opened(self) -> tuple[Call, EventReader]:
+        assert self._call is not None
+        assert self._reader is not None
+        return self._call, self._reader
+
+    async def _receive(self, exchange: Exchange) -> None:
+        """Read one attempt's answer up to its first delta."""
+        call = self._call
+        assert call is not None
+        call.answered()
+        if exchange.status != 200:
+            body = await exchange.read(MAX_BODY, cut=True)
+            raise read_error(call.head, body) or not_the_api(call.head, body, None)
+        reader = self._reader = EventReader(call, exchange, self._max_event_size)
+        self._held.clear()
+        self._merged.pending.clear()
+        self._done = self._usage_came_last = False
+        while not (self._held and has_delta(self._held[-1])):
+            if reader.events:
+                if chunk := self._read(reader.events.popleft()):
+                    self._held.append(chunk)
+            elif self._done or reader.ended:
+                raise self._no_delta(call, reader) from reader.cause
+            else:
+                await reader.fill()
+        call.first_delta(call.pool.loop.time())
+
+    async def _fill(self) -> None:
+        """Wait for what comes next. After the last of it, end the stream."""
+        call, reader = self._opened()
+        if self._busy:
+            raise RuntimeError("this ChatStream is being read by another task")
+        self._busy = True
+        try:
+            if self._done or reader.ended:
+                await self._conclude(call, reader)
+                return
+            if len(self._merged.pending) >= BATCH:
+                self._merged.merge()
+            await reader.fill()
+        except asyncio.CancelledError as cancelled:
+            self._leave(cancelled)
+            raise
+        finally:
+            self._busy = False
+
+    async def _conclude(self, call: Call, reader: EventReader) -> None:
+        """Everything that arrived was handed out: decide how the stream ended."""
+        finished = self._merged.finished
+        if not finished and not self._done and not self._usage_came_last:
+            self._completeness = "truncated"
+            raise self._failed(self._truncation(call, reader)) from reader.cause
+        if not finished:
+            logger.warning(
+                "a stream of %s ended without a finish reason, though the server said it was done: it may be cut",
+                call.outgoing.url,
+            )
+        self._completeness = "complete" if finished else "unconfirmed"
+        self._ended = True
+        try:
+            if call.exchange is not None:
+                await call.exchange.drain(call.pool, call.outgoing.url)
+        finally:
+            call.end("ok", usage=self.snapshot.usage)
+
+    def _truncation(self, call: Call, reader: EventReader) -> APIError:
+        """The error for a stream that ended before it was finished."""
+        if call.expired:
+            return call.timeout_error()
+        if reader.stray and (error := read_error(call.head, reader.stray)):
+            return error
+        if isinstance(reader.cause, EventTooLargeError):
+            return InvalidResponseError(str(reader.cause), hint="raise Limits.max_event_size")
+        if reader.cause is None:
+            return StreamInterruptedError("the stream ended before it was finished")
+        return StreamInterruptedError(f"the stream broke off: {mapped(reader.cause, sent=True)}")
+
+    def _no_delta(self, call: Call, reader: EventReader) -> ChatKoreError:
+        """The error for a stream that ended without a first delta."""
+        if reader.stray and (error := read_error(call.head, reader.stray)):
+            return error
+        if isinstance(reader.cause, EventTooLargeError):
+            return InvalidResponseError(str(reader.cause), hint="raise Limits.max_event_size")
+        if reader.cause is not None:
+            return mapped(reader.cause, sent=True)
+        return InvalidResponseError(
+            "the stream ended without a delta", body=reader.stray.decode("utf-8", "replace"), retryable="unconfirmed"
+        )
+
+    def _failed(self, error: APIError) -> APIError:
+        """Close the books over an error after the first delta, and give it what was delivered."""
+        call, _ = self._opened()
+        error.partial = self.snapshot
+        error._retryable = "never"
+        call.fail(error)
+        self._ended = True
+        self._failure = error
+        call.end("error", error)
+        return error
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Free the connection. Awaits nothing, since frameworks cancel again at every await of a clean-up."""
+        if self._ended:
+            return
+        self._ended = True
+        self._held.clear()
+        if self._reader is not None:
+            self._reader.events.clear()
+        if self._call is not None:
+            self._call.end("cancelled" if isinstance(error, asyncio.CancelledError) else "left")
