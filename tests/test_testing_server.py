@@ -8,6 +8,7 @@ import socket
 import ssl
 import zlib
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import aiohttp
 import msgspec
@@ -198,7 +199,7 @@ def test_events_takes_json_bytes_and_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"),
+    "status, kind",
     [
         (400, "invalid_request_error"),
         (401, "authentication_error"),
@@ -251,9 +252,9 @@ async def test_headers_of_the_script_win(server: ChatKoreServer, session: aiohtt
 def test_something_that_is_no_step_is_refused() -> None:
     """A text among the steps is a mistake that is told at once, not on the wire."""
     with pytest.raises(TypeError, match="not 'text'"):
-        Reply(steps=("text",))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        Reply(steps=("text",))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a step is bytes"):
-        raw(b"", None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        raw(b"", None)  # type: ignore[arg-type]
 
 
 def test_reprs_tell_what_will_happen() -> None:
@@ -263,11 +264,22 @@ def test_reprs_tell_what_will_happen() -> None:
     assert repr(Reply()) == "<Reply 200 without content type: 0 steps, 0 bytes>"
 
 
+async def test_something_that_is_no_reply_is_refused(server: ChatKoreServer, session: aiohttp.ClientSession) -> None:
+    """A text in place of a reply is a mistake that is told where it was made."""
+    with pytest.raises(TypeError, match=r"made by completion\(\), .* not 'Hi'"):
+        server.script("Hi")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not 'Hi'"):
+        server.always("Hi")  # type: ignore[arg-type]
+    server.respond_with(lambda _: "Hi")  # type: ignore[arg-type, return-value]
+    assert b"not 'Hi'" in await ask(session, server)
+    server.clear()
+
+
 # Framing
 
 
 @pytest.mark.parametrize(
-    ("reply", "expected"),
+    "reply, expected",
     [
         (Reply(steps=(b"ab",)), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nab"),
         (Reply(steps=(b"a", b"", b"b")), b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n1\r\nb\r\n0\r\n\r\n"),
@@ -365,7 +377,7 @@ async def test_pauses_and_latency_pass(server: ChatKoreServer, session: aiohttp.
     server.script(sse(b"a", Pause(0.001), b"b", latency=0.001))
     assert await ask(session, server) == b"ab"
     seconds = asyncio.get_running_loop().time() - server.requests[0].received_at
-    assert seconds >= 0.002
+    assert seconds > 0.0019
 
 
 @pytest.mark.parametrize("size", [0, 1, 100])
@@ -552,7 +564,7 @@ async def test_any_prefix_leads_to_completions(server: ChatKoreServer, session: 
             assert response.status == 200
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/chat/completions"), ("POST", "/v1/nothing")])
+@pytest.mark.parametrize("method, path", [("GET", "/v1/chat/completions"), ("POST", "/v1/nothing")])
 async def test_elsewhere_is_404(server: ChatKoreServer, session: aiohttp.ClientSession, method: str, path: str) -> None:
     """Another method or path is a 404 in OpenAI's shape that names what was asked for."""
     async with session.request(method, f"http://{server.host}:{server.port}{path}") as response:
@@ -586,7 +598,7 @@ async def test_latency_of_its_own_answers(session: aiohttp.ClientSession) -> Non
     """The server's own completions come after its latency."""
     async with ChatKoreServer(latency=0.002) as server:
         await ask(session, server)
-        assert asyncio.get_running_loop().time() - server.requests[0].received_at >= 0.002
+        assert asyncio.get_running_loop().time() - server.requests[0].received_at > 0.0019
 
 
 async def test_bodies_have_a_generous_limit(session: aiohttp.ClientSession) -> None:
@@ -632,9 +644,9 @@ async def test_https(session: aiohttp.ClientSession) -> None:
     """With a context the server speaks https, faults included."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.issue_cert("127.0.0.1").configure_cert(context)  # pyright: ignore[reportUnknownMemberType]
     trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
+    authority.configure_trust(trusting)  # pyright: ignore[reportUnknownMemberType]
     async with ChatKoreServer(ssl=context) as server:
         assert server.base_url.startswith("https://127.0.0.1:")
         server.script(completion("safe"), reset_after(completion("safe"), 9), stall_after(completion(), 9))
@@ -745,7 +757,9 @@ async def test_idle_connections_can_be_dropped(server: ChatKoreServer, session: 
 async def test_idle_connections_end_by_themselves(session: aiohttp.ClientSession) -> None:
     """The server closes a connection that is idle for longer than it keeps them alive."""
     async with ChatKoreServer(keepalive=0.01) as server:
-        await ask(session, server)
+        # On a busy machine a connection may count as idle before its request comes.
+        with suppress(aiohttp.ClientError):
+            await ask(session, server)
         await server.connections[0].closed()
 
 

@@ -10,6 +10,7 @@ by itself, plausibly and always the same.
 """
 
 from chatkore_async.testing._answers import answer
+from chatkore_async.testing._mock import ChatKoreMock, MockedRequest, mock_chatkore
 from chatkore_async.testing._records import Outcome, RecordedConnection, RecordedRequest
 from chatkore_async.testing._replies import completion, error, events, html, json_reply, raw, sse, stream
 from chatkore_async.testing._server import ChatKoreServer, Responder
@@ -30,10 +31,12 @@ from chatkore_async.testing._steps import (
 from chatkore_async.testing._wire import compressed, cut_after, reset_after, stall_after
 
 __all__ = [
+    "ChatKoreMock",
     "ChatKoreServer",
     "Cut",
     "Framing",
     "Hold",
+    "MockedRequest",
     "Outcome",
     "Pause",
     "Ping",
@@ -54,6 +57,7 @@ __all__ = [
     "events",
     "html",
     "json_reply",
+    "mock_chatkore",
     "raw",
     "reset_after",
     "sse",

@@ -55,7 +55,7 @@ def completion(
         finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
     content.update(message or {})
     choices = [choice("message", content, finish_reason=finish_reason)]
-    body = _head(model).completion(choices, _usage(usage, text or ""))
+    body = _head(model).completion(choices, _usage(text or "", given=usage))
     if usage is False:
         del body["usage"]
     return json_reply({**body, **fields}, headers=headers, latency=latency)
@@ -117,7 +117,7 @@ def stream(
         steps.append(event(head.chunk(choice("delta", {}, finish_reason=finish_reason))))
     if usage is not False:
         text = "".join(piece for piece in pieces if isinstance(piece, str))
-        steps.append(event({**head.chunk(), "usage": _usage(usage, text)}))
+        steps.append(event({**head.chunk(), "usage": _usage(text, given=usage)}))
     if done:
         steps.append(DONE)
     return sse(*steps, headers=headers, latency=latency)
@@ -153,7 +153,7 @@ def error(
     message: str = "The server had an error while processing your request.",
     *,
     code: object = None,
-    type: str | None = None,
+    type: str | None = None,  # noqa: A002 - the field's name on the wire
     param: object = None,
     headers: _Headers = (),
     body: object = None,
@@ -177,7 +177,7 @@ def error(
         return Reply(status=status, headers=_merged((), headers), steps=(body,) if body else (), latency=latency)
     if body is None:
         usual = _ERROR_TYPES.get(status) or ("server_error" if status >= 500 else "invalid_request_error")
-        body = error_body(message, code=code, type=usual if type is None else type, param=param)
+        body = error_body(message, usual if type is None else type, code=code, param=param)
     return json_reply(body, status, headers=headers, latency=latency)
 
 
@@ -207,8 +207,8 @@ def _head(model: str | None) -> Head:
     return _HEAD if model is None else Head(_HEAD.id, model)
 
 
-def _usage(usage: Mapping[str, object] | bool, text: str) -> Mapping[str, object]:
-    return usage_object(_PROMPT_TOKENS, len(split(text))) if isinstance(usage, bool) else usage
+def _usage(text: str, *, given: Mapping[str, object] | bool) -> Mapping[str, object]:
+    return usage_object(_PROMPT_TOKENS, len(split(text))) if isinstance(given, bool) else given
 
 
 def _merged(defaults: Iterable[tuple[str, str]], headers: _Headers) -> tuple[tuple[str, str], ...]:

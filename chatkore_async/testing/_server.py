@@ -169,12 +169,21 @@ class ChatKoreServer:
 
         They come after those already scripted. After the last one, the server answers by itself again. Scripted
         answers do not depend on what is asked.
+
+        Raises:
+            TypeError: If something among them is no reply.
+
         """
-        self._script.extend(replies)
+        self._script.extend([reply for reply in map(_checked, replies) if reply is not None])
 
     def always(self, reply: Reply | Raw | None) -> None:
-        """Answer each request to ``chat/completions`` that has no other script with this reply; ``None`` ends it."""
-        self._always = reply
+        """Answer each request to ``chat/completions`` that has no other script with this reply; ``None`` ends it.
+
+        Raises:
+            TypeError: If it is no reply.
+
+        """
+        self._always = _checked(reply)
 
     def respond_with(self, function: Responder | None) -> None:
         """Let a function answer: it is given the request and returns a reply, or ``None`` to let the server answer.
@@ -283,9 +292,8 @@ class ChatKoreServer:
         if self._responder is not None:
             try:
                 reply = self._responder(record)
-                if inspect.isawaitable(reply):
-                    reply = await reply
-            except Exception as problem:
+                reply = _checked(await reply if inspect.isawaitable(reply) else reply)
+            except Exception as problem:  # noqa: BLE001 - whatever a test raises is for the test to see
                 self._problem = self._problem or problem
                 return error(500, f"The responder raised {problem!r}", headers={"x-should-retry": "false"})
             if reply is not None:
@@ -301,6 +309,12 @@ class ChatKoreServer:
         missing = error(404, f"Invalid URL ({record.method} {record.path})")
         # The answer to a HEAD has no body (RFC 9110 §9.3.2).
         return msgspec.structs.replace(missing, steps=()) if record.method == "HEAD" else missing
+
+
+def _checked(reply: object) -> Reply | Raw | None:
+    if reply is None or isinstance(reply, Reply | Raw):
+        return reply
+    raise TypeError(f"a reply is made by completion(), stream(), error(), raw() or the like, not {reply!r}")
 
 
 def _is_chat(record: RecordedRequest) -> bool:

@@ -72,7 +72,12 @@ class Head(msgspec.Struct, frozen=True):
         return {"id": self.id, "object": kind, "created": CREATED, "model": self.model, "choices": choices}
 
 
-def tool_call(name: str, arguments: object = None, *, id: str = "call_1") -> dict[str, object]:
+def tool_call(
+    name: str,
+    arguments: object = None,
+    *,
+    id: str = "call_1",  # noqa: A002 - the field's name on the wire
+) -> dict[str, object]:
     """Return a tool call as a model makes it.
 
     Args:
@@ -104,11 +109,9 @@ def tool_deltas(calls: Sequence[Mapping[str, object]]) -> Iterator[dict[str, obj
             yield {"tool_calls": [{"index": index, "function": {"arguments": fragment}}]}
 
 
-def error_body(
-    message: str, *, code: object = None, type: str | None = None, param: object = None
-) -> dict[str, object]:
+def error_body(message: str, kind: str, *, code: object = None, param: object = None) -> dict[str, object]:
     """Return an error in the shape OpenAI gives it."""
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def mapping(value: object) -> Mapping[str, object]:
