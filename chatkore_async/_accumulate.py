@@ -5,6 +5,7 @@ an `append` for each. Texts are kept in pieces and joined when a completion is a
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
@@ -20,7 +21,6 @@ from ._responses import (
     ChunkChoice,
     CustomToolCall,
     FunctionCall,
-    FunctionCallDelta,
     Logprobs,
     TokenLogprob,
     ToolCall,
@@ -67,13 +67,16 @@ class Accumulator:
     def merge(self) -> None:
         """Merge what is pending."""
         pending, self.pending = self.pending, []
+        head = self._head
         for chunk in pending:
-            if not self._head.id or not self._head.model:
+            if not head.id or not head.model or not head.created:
                 self._take_head(chunk)
             if chunk.usage is not None and chunk.usage != _NO_TOKENS:
                 self._usage = chunk.usage  # C6: the last one wins, they are never summed
+            if chunk.system_fingerprint is not None:
+                head.system_fingerprint = chunk.system_fingerprint
             if chunk.service_tier is not None:
-                self._head.service_tier = chunk.service_tier
+                head.service_tier = chunk.service_tier
             for choice in chunk.choices:
                 so_far = self._choices.get(choice.index)
                 if so_far is None:
@@ -86,7 +89,6 @@ class Accumulator:
         head.id = head.id or chunk.id
         head.model = head.model or chunk.model
         head.created = head.created or chunk.created
-        head.system_fingerprint = head.system_fingerprint or chunk.system_fingerprint
 
     @property
     def started(self) -> bool:
@@ -138,7 +140,7 @@ class _ChoiceSoFar:
         self.tool_calls: _ToolCalls | None = None
         self.function: _CallSoFar | None = None
         self.logprobs: tuple[list[TokenLogprob], list[TokenLogprob]] | None = None
-        self.annotations: list[Annotation] | None = None
+        self.annotations: list[Annotation] = []
         self.audio: _AudioSoFar | None = None
 
     def add(self, choice: ChunkChoice) -> None:
@@ -154,7 +156,8 @@ class _ChoiceSoFar:
             self.started = True
         if delta.reasoning_content is not None:
             self.reasoning.append(delta.reasoning_content)
-            self.reasoning_name = self.reasoning_name or getattr(delta, "_reasoning_name", None)
+            if self.reasoning_name is None:
+                self.reasoning_name = getattr(delta, "_reasoning_name", None)
             self.started = True
         if delta.tool_calls is not None:
             if self.tool_calls is None:
@@ -173,9 +176,9 @@ class _ChoiceSoFar:
         if delta.function_call is not None:
             if self.function is None:
                 self.function = _CallSoFar()
-            self.function.add_function(delta.function_call)
-        if delta.annotations is not None:
-            self.annotations = [*(self.annotations or ()), *delta.annotations]
+            self.function.say(delta.function_call.name, delta.function_call.arguments)
+        if delta.annotations:
+            self.annotations.extend(delta.annotations)
         if delta.audio is not None:
             if self.audio is None:
                 self.audio = _AudioSoFar()
@@ -193,16 +196,17 @@ class _ChoiceSoFar:
             content=_joined(self.content),
             reasoning_content=_joined(self.reasoning),
             refusal=_joined(self.refusal),
-            tool_calls=self.tool_calls.calls() if self.tool_calls else None,
+            tool_calls=(self.tool_calls.calls() or None) if self.tool_calls else None,
             function_call=self.function.function() if self.function else None,
-            annotations=self.annotations,
+            annotations=list(self.annotations) or None,
             audio=self.audio.audio() if self.audio else None,
         )
-        if self.reasoning_name:
+        if self.reasoning_name is not None:
             message._reasoning_name = self.reasoning_name
-        logprobs = (
-            Logprobs(content=self.logprobs[0] or None, refusal=self.logprobs[1] or None) if self.logprobs else None
-        )
+        logprobs = None
+        if self.logprobs is not None:
+            content, refusal = self.logprobs
+            logprobs = Logprobs(content=list(content) or None, refusal=list(refusal) or None)
         return Choice(index=index, message=message, finish_reason=self.finish_reason, logprobs=logprobs)
 
 
@@ -240,99 +244,142 @@ class _AudioSoFar:
 class _ToolCalls:
     """The tool calls of one choice. C4: pieces go to the call the model meant."""
 
-    __slots__ = ("_by_id", "_by_index", "_calls")
+    __slots__ = ("_by_id", "_by_index", "_calls", "_deltas")
 
     def __init__(self) -> None:
         self._calls: list[_CallSoFar] = []
         self._by_index: dict[int, _CallSoFar] = {}
         self._by_id: dict[str, _CallSoFar] = {}
+        self._deltas = 0
 
     def add(self, pieces: Iterable[ToolCallDelta]) -> None:
+        self._deltas += 1
         for piece in pieces:
-            call = self._meant(piece)
-            if call is None:
+            name, arguments = _said(piece)
+            call = self._candidate(piece, name)
+            if call is None or self._begins_another(piece, name, arguments, call):
                 call = _CallSoFar()
                 self._calls.append(call)
             if piece.index is not None:
                 self._by_index[piece.index] = call
             if piece.id:
                 self._by_id.setdefault(piece.id, call)
-            call.add(piece)
+            call.indexed = call.indexed or piece.index is not None
+            call.last_delta = self._deltas
+            call.add(piece, name, arguments)
 
-    def _meant(self, piece: ToolCallDelta) -> "_CallSoFar | None":
-        """Return the call a piece belongs to, or `None` when it begins one: by index, else by id, else the last."""
-        name = (piece.function.name if piece.function else None) or (piece.custom.name if piece.custom else None)
-        if piece.index is not None:
-            call = self._by_index.get(piece.index)
-            # One index for several calls: a new id together with a name means another call. A new id without a
-            # name does not; there are servers that make up an id for every piece.
-            if call is not None and name and piece.id and call.id and piece.id != call.id:
-                return self._by_id.get(piece.id)
-            return call
-        if piece.id and (name or piece.id in self._by_id or not self._calls):
-            return self._by_id.get(piece.id)
+    def _candidate(self, piece: ToolCallDelta, name: str | None) -> "_CallSoFar | None":
+        """Return the call a piece may go on with: by index, else by id, else the last; `None` when it can be none."""
+        of_id = self._by_id.get(piece.id) if piece.id else None
         last = self._calls[-1] if self._calls else None
-        # Neither index nor id: a name after arguments begins the next call.
-        return None if last is not None and name and last.has_arguments else last
+        if piece.index is None:
+            return of_id or last
+        call = self._by_index.get(piece.index)
+        if call is not None:
+            # One index for all calls, but ids to tell them apart. An id that all calls share tells nothing.
+            return call if of_id is None or call.id == piece.id else of_id
+        if name:
+            return None
+        # A call that was begun without an index, and goes on with one.
+        return of_id or (last if last is not None and not last.indexed else None)
+
+    def _begins_another(
+        self, piece: ToolCallDelta, name: str | None, arguments: str | None, call: "_CallSoFar"
+    ) -> bool:
+        """Tell whether a piece begins a call of its own rather than go on with `call`.
+
+        Only what has a name begins a call. But a name may be repeated in every piece, an id may be made up for every
+        piece, and one index, or none, may be given to all calls; then it shows in what the arguments say.
+        """
+        if not name:
+            return False
+        goes_on = arguments is not None and arguments.lstrip()[:1] not in ("", "{")
+        if piece.id and call.id and piece.id != call.id:
+            return name != call.name or not call.has_arguments or not goes_on
+        in_one_delta = call.last_delta == self._deltas and not piece.id
+        if not call.has_arguments:
+            return in_one_delta and name != call.name
+        if name != call.name:
+            return True
+        if goes_on or not call.is_whole():
+            return False
+        if arguments:
+            return in_one_delta or not call.repeats(arguments)
+        return piece.index is None and not piece.id
 
     def calls(self) -> list[ToolCall]:
         return [call.call() for call in self._calls]
 
 
+def _said(piece: ToolCallDelta) -> tuple[str | None, str | None]:
+    """The name and the arguments, or input, in a piece."""
+    if piece.custom is not None:
+        return piece.custom.name, piece.custom.input
+    return (None, None) if piece.function is None else (piece.function.name, piece.function.arguments)
+
+
 class _CallSoFar:
-    __slots__ = ("_arguments", "_custom", "_name", "_size", "_type", "_vendor", "id")
+    __slots__ = ("_arguments", "_custom", "_size", "_type", "_vendor", "id", "indexed", "last_delta", "name")
 
     def __init__(self) -> None:
         self.id = ""
+        self.name = ""
+        self.indexed = False
+        self.last_delta = 0
         self._type = ""
-        self._name = ""
         self._arguments: list[str] = []
         self._size = 0
         self._custom = False
-        self._vendor: dict[str, object] = {}
+        self._vendor: dict[str, Any] = {}
 
     @property
     def has_arguments(self) -> bool:
         return self._size > 0
 
-    def add(self, piece: ToolCallDelta) -> None:
+    def add(self, piece: ToolCallDelta, name: str | None, arguments: str | None) -> None:
         self.id = self.id or piece.id or ""
         self._type = self._type or piece.type or ""
-        self._vendor.update(piece.vendor_fields)
-        if piece.function is not None:
-            self.add_function(piece.function)
-        if piece.custom is not None:
-            self._custom = True
-            self._add(piece.custom.name, piece.custom.input)
+        self._custom = self._custom or piece.custom is not None
+        if vendor := piece.vendor_fields:
+            inner = {**self._vendor.get("function", {}), **vendor.get("function", {})}
+            self._vendor.update(vendor)
+            if inner:
+                self._vendor["function"] = inner
+        self.say(name, arguments)
 
-    def add_function(self, function: FunctionCallDelta) -> None:
-        self._add(function.name, function.arguments)
-
-    def _add(self, name: str | None, arguments: str | None) -> None:
+    def say(self, name: str | None, arguments: str | None) -> None:
         if name and not self.has_arguments:
             # A name comes whole, whole again and again, growing, or in fragments.
-            self._name = name if name.startswith(self._name) else self._name + name
-        if arguments and not self._repeats(arguments):
-            self._arguments.append(arguments)
-            self._size += len(arguments)
+            self.name = name if name.startswith(self.name) else self.name + name
+        if not arguments or self.repeats(arguments):
+            return
+        if self._size == 2 and arguments.startswith("{") and not self._custom and _joined(self._arguments) == "{}":
+            self._arguments.clear()  # `{}` stood for arguments that were to come, as in Claude's `input`
+            self._size = 0
+        self._arguments.append(arguments)
+        self._size += len(arguments)
 
-    def _repeats(self, arguments: str) -> bool:
-        """Tell whether these are the arguments we have, sent a second time as a whole."""
-        if len(arguments) != self._size or not arguments.endswith("}") or arguments != _joined(self._arguments):
+    def is_whole(self) -> bool:
+        """Whether the arguments so far are a JSON object, which nothing can go on with."""
+        if self._custom or not self._arguments[-1].rstrip().endswith("}"):
             return False
         try:
-            msgspec.json.decode(arguments)
-        except msgspec.DecodeError:
+            msgspec.json.decode(_joined(self._arguments) or "")
+        except (msgspec.DecodeError, RecursionError):
             return False
         return True
 
+    def repeats(self, arguments: str) -> bool:
+        """Tell whether these are the arguments we have, sent a second time as a whole."""
+        return len(arguments) == self._size and arguments == _joined(self._arguments) and self.is_whole()
+
     def function(self) -> FunctionCall:
-        return FunctionCall(name=self._name, arguments=_joined(self._arguments) or "")
+        return FunctionCall(name=self.name, arguments=_joined(self._arguments) or "")
 
     def call(self) -> ToolCall:
         call = ToolCall(id=self.id, type=self._type or ("custom" if self._custom else "function"))
         if self._custom:
-            call.custom = CustomToolCall(name=self._name, input=_joined(self._arguments) or "")
+            call.custom = CustomToolCall(name=self.name, input=_joined(self._arguments) or "")
         else:
             call.function = self.function()
         if self._vendor:

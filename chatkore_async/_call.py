@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from . import _hooks
-from ._classify import rate_limit, request_id
-from ._config import Secret, checked_key, conceal
+from ._classify import masked, rate_limit, request_id
+from ._config import Secret, checked_key, conceal, merge_headers
 from ._deadlines import NEVER, Deadline
 from ._hooks import Outcome, logger
 from ._limiter import Demand, Limiter, Report
@@ -26,6 +26,8 @@ from ._transport import Exchange, Pool
 from .errors import APIError, APITimeoutError, ConfigurationError, Phase, StreamStalledError
 
 T = TypeVar("T")
+
+_NO_PERMIT = object()  # a limiter's own permit may be anything, `None` too
 
 _WAITING_FOR: dict[Phase, str] = {
     "queue": "the rate limiter's leave",
@@ -51,6 +53,7 @@ class Notes:
         "first_token",
         "headers",
         "max_gap",
+        "secret",
         "sent",
         "started",
         "status",
@@ -61,6 +64,7 @@ class Notes:
         self.started = now
         self.ended: float | None = None
         self.attempts: list[Attempt] = []  # those that failed
+        self.secret = Secret()  # that no echo of it gets out
         self.begin_attempt(now, 0.0)
 
     def begin_attempt(self, now: float, waited: float) -> None:
@@ -84,14 +88,14 @@ class Notes:
             error=error,
             waited=self.waited,
             elapsed=now - self.began,
-            request_id=request_id(self.headers) or reported_id,
+            request_id=masked(request_id(self.headers), self.secret) or reported_id,
         )
 
     def meta(self) -> CallMeta:
         """Return what is known so far."""
         last = () if self.failed else (self.end_attempt(self.ended or self.began, None, None),)
         return CallMeta(
-            request_id=request_id(self.headers),
+            request_id=masked(request_id(self.headers), self.secret),
             attempts=(*self.attempts, *last),
             timings=Timings(
                 queued=_between(self.began, self.sent),
@@ -101,7 +105,7 @@ class Notes:
                 max_gap=self.max_gap,
                 total=_between(self.started, self.ended),
             ),
-            headers=plain_headers(self.headers),
+            headers=masked(plain_headers(self.headers), self.secret),
             rate_limit=rate_limit(self.headers),
         )
 
@@ -157,8 +161,8 @@ class Call:
         self._task: asyncio.Task[Any] | None = None
         self._cancelling = 0
         self._cancelled_it = False
-        self._deadline: Deadline | None = None
-        self._permit: object = None
+        self._deadline: Deadline  # set when the call begins
+        self._permit: object = _NO_PERMIT
 
     def __repr__(self) -> str:
         return f"<Call {self.outgoing.method} {self.outgoing.url} {self._phase}>"
@@ -175,7 +179,7 @@ class Call:
         task = self._task = asyncio.current_task()
         self._cancelling = task.cancelling() if task is not None else 0
         total = self.settings.timeout.total_for(stream=self.outgoing.stream)
-        if total is not None:
+        if total is not None and not self._counts_from_admission:
             self._total_at = notes.started + total
         self._deadline = self.pool.deadlines.set(self._total_at, self._expire)
         if self.settings.hooks:
@@ -217,9 +221,11 @@ class Call:
         if notes.attempts:
             notes.begin_attempt(loop.time(), waited)
             self._expired = None
+            self._phase = "answer"
         exchange: Exchange | None = None
         try:
             headers, secret = await self._headers()
+            notes.secret = secret
             if self.settings.limiter is not None:
                 await self._ask(self.settings.limiter)
             host_place = await self._take_place()
@@ -286,7 +292,10 @@ class Call:
         if self.settings.hooks:
             started = _hooks.AttemptStart(call_id=self.id, number=len(self.notes.attempts) + 1)
             if added := _hooks.notify(self.settings.hooks, "on_attempt", started):
-                headers = {**(headers or {}), **added}
+                try:
+                    headers = merge_headers(headers or {}, added)
+                except ConfigurationError as error:
+                    logger.warning("a hook's headers are not sent: %s", error)
         return headers, secret
 
     async def _ask(self, limiter: Limiter) -> None:
@@ -299,10 +308,16 @@ class Call:
                 attempt=len(self.notes.attempts) + 1,
             )
         )
-        if not self.outgoing.stream and self._deadline is not None and self.settings.timeout.leaves_total_alone:
-            # A default that nobody chose does not count the time in a queue that somebody did choose.
+        if self._counts_from_admission and self._total_at == NEVER:
             total = self.settings.timeout.total_for(stream=False)
-            self._total_at = self._deadline.when = self.pool.loop.time() + (NEVER if total is None else total)
+            self._total_at = self.pool.loop.time() + (NEVER if total is None else total)
+            self._reset_deadline()
+
+    @property
+    def _counts_from_admission(self) -> bool:
+        """A default that nobody chose does not count the time in a queue that somebody did choose."""
+        settings = self.settings
+        return settings.limiter is not None and settings.timeout.leaves_total_alone and not self.outgoing.stream
 
     async def _take_place(self) -> Any:
         """Wait for a place, the host's first, and return the host's, where hosts are limited."""
@@ -338,9 +353,7 @@ class Call:
     def stop_waiting(self) -> None:
         """Stop to count: whatever the reader of an event does with it, the server is not idle meanwhile."""
         self._idle_at = NEVER
-        deadline = self._deadline
-        if deadline is not None:
-            deadline.when = min(self._total_at, self._first_token_at)
+        self._deadline.when = min(self._total_at, self._first_token_at)
 
     def answered(self) -> None:
         """The status line of a stream came; now its first delta is waited for."""
@@ -350,6 +363,7 @@ class Call:
         """The first delta of a stream came."""
         self._phase = "total"
         self._first_token_at = NEVER
+        self.stop_waiting()
         sent = self.notes.sent
         self.notes.first_token = now
         if self.settings.hooks and sent is not None:
@@ -357,10 +371,9 @@ class Call:
 
     def _reset_deadline(self) -> None:
         deadline = self._deadline
-        if deadline is not None:
-            deadline.when = min(self._total_at, self._first_token_at, self._idle_at)
-            if deadline.when < deadline.seen_at:
-                self.pool.deadlines.watch(deadline)
+        deadline.when = min(self._total_at, self._first_token_at, self._idle_at)
+        if deadline.when < deadline.seen_at:
+            self.pool.deadlines.watch(deadline)
 
     def _expire(self) -> None:
         """A deadline passed. Runs in the loop's timer."""
@@ -374,7 +387,10 @@ class Call:
             self._deadline = self.pool.deadlines.set(self._total_at, self._expire)
         if self.exchange is not None:
             self.exchange.abort()
-        elif self._task is not None:
+        else:
+            assert self._task is not None
+            if self._phase == "answer" and self.pool.is_connecting(self._task):
+                self._phase = "connect"
             self._cancelled_it = True
             self._task.cancel()
 
@@ -399,14 +415,12 @@ class Call:
             )
         if self._expired == "first_token":
             seconds, phase = timeout.first_token, "first_token"
-        elif self._expired == "idle":
-            seconds = timeout.idle
         else:
-            seconds = timeout.total_for(stream=self.outgoing.stream)
-            if phase == "answer" and self.pool.is_connecting(self._task):
-                phase = "connect"
+            seconds = timeout.idle if self._expired == "idle" else timeout.total_for(stream=self.outgoing.stream)
         return APITimeoutError(
-            f"timed out after {seconds:g} s, waiting for {_WAITING_FOR[phase]}", phase=phase, retryable="unconfirmed"
+            f"timed out after {seconds:g} s, waiting for {_WAITING_FOR[phase]}",
+            phase=phase,
+            retryable="yes" if phase == "connect" else "unconfirmed",
         )
 
     # Books.
@@ -423,9 +437,12 @@ class Call:
         if self.exchange is not None:
             self.exchange.abort()
             self.exchange = None
-        if not notes.failed:
-            notes.attempts.append(notes.end_attempt(self.pool.loop.time(), type(error).__name__, error._reported_id))
-            notes.failed = True
+        self._first_token_at = NEVER  # no server is waited for during a back-off
+        self.stop_waiting()
+        attempt = notes.end_attempt(self.pool.loop.time(), type(error).__name__, error._reported_id)
+        notes.attempts.append(attempt)
+        notes.failed = True
+        self._log(attempt, type(error).__name__)
         self._release_permit(None, error.retry_after)
 
     def fail(self, error: APIError) -> None:
@@ -438,12 +455,13 @@ class Call:
             "attempt %d failed (%s), the next follows in %.2f s", retries.count, error._headline(), retries.delay
         )
         if self.settings.hooks:
+            error._meta = self.notes.meta()
             event = _hooks.Retry(call_id=self.id, number=retries.count, error=error, delay=retries.delay)
             _hooks.notify(self.settings.hooks, "on_retry", event)
 
     def _release_permit(self, usage: Usage | None, retry_after: float | None) -> None:
-        permit, self._permit = self._permit, None
-        if permit is not None and self.settings.limiter is not None:
+        permit, self._permit = self._permit, _NO_PERMIT
+        if permit is not _NO_PERMIT and self.settings.limiter is not None:
             notes = self.notes
             self.settings.limiter.release(
                 permit,
@@ -453,6 +471,20 @@ class Call:
                     usage=usage,
                     retry_after=retry_after,
                 ),
+            )
+
+    def _log(self, attempt: Attempt | None, outcome: str) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            notes = self.notes
+            attempt = attempt or notes.end_attempt(notes.ended or notes.began, None, None)
+            logger.debug(
+                "%s %s: attempt %d: %s, status %s, %.3f s",
+                self.outgoing.method,
+                self.outgoing.url,
+                attempt.number,
+                outcome,
+                attempt.status,
+                attempt.elapsed,
             )
 
     def end_with(self, error: BaseException) -> None:
@@ -468,24 +500,15 @@ class Call:
         if notes.ended is not None:
             return
         notes.ended = self.pool.loop.time()
-        if self._deadline is not None:
-            self.pool.deadlines.cancel(self._deadline)
+        self.pool.deadlines.cancel(self._deadline)
         if self.exchange is not None:
             self.exchange.abort()
             self.exchange = None
         self._release_permit(usage, None)
         if outcome == "ok":
             self._bucket.refund()
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(
-                "%s %s: %s, status %s, %d attempts, %.3f s",
-                self.outgoing.method,
-                self.outgoing.url,
-                outcome,
-                notes.status,
-                len(notes.attempts) + (not notes.failed),
-                notes.ended - notes.started,
-            )
+        if not notes.failed:
+            self._log(None, outcome)
         if self.settings.hooks:
             event = _hooks.CallEnd(call_id=self.id, outcome=outcome, error=error, meta=notes.meta())
             _hooks.notify(self.settings.hooks, "on_call_end", event)

@@ -117,6 +117,8 @@ class AsyncChatKore:
             logger.warning("%s is not encrypted: the API key can be read on the way", base_url)
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_manager"):
+            return "<AsyncChatKore not made>"  # a traceback of its construction shows locals
         if self.closed:
             return f"<AsyncChatKore {self._settings.endpoint.base_url} closed>"
         pool, limit = self.pool, self._manager.limits.max_connections
@@ -314,14 +316,20 @@ class Completions:
         """Return the call's settings, its encoded request, and whether we asked for usage in the caller's place."""
         options = {name: params.pop(name) for name in OPTION_NAMES & params.keys()}
         fields = _fields(request, params)
-        adds_usage = stream and fields.get("stream_options", UNSET) is UNSET and "stream_options" not in params
+        extra_body = options.get("extra_body")
+        adds_usage = (
+            stream
+            and fields.get("stream_options", UNSET) is UNSET
+            and "stream_options" not in params
+            and not (isinstance(extra_body, Mapping) and "stream_options" in extra_body)
+        )
         if adds_usage:
             fields = {**fields, "stream_options": {"include_usage": True}}
-        body = _codec.encode_request(fields, stream=stream, extra_body=options.get("extra_body"))
+        body = _codec.encode_request(fields, stream=stream, extra_body=extra_body)
         settings = self._client._settings
         outgoing = Outgoing(
             "POST",
-            settings.endpoint.url("/chat/completions", options.get("extra_query")),
+            _url(settings, "/chat/completions", options.get("extra_query")),
             body,
             fields["model"],
             _extra_headers(options.get("extra_headers"), _STREAM_HEADERS if stream else None),
@@ -352,7 +360,7 @@ class Models:
         given = {"timeout": timeout, "max_retries": max_retries}
         client = self._client
         settings = client._settings.with_call_options({k: v for k, v in given.items() if v is not UNSET})
-        url = settings.endpoint.url("/models", extra_query)
+        url = _url(settings, "/models", extra_query)
         call = client._call(settings, Outgoing("GET", url, None, "", _extra_headers(extra_headers, None)))
 
         async def receive(exchange: Exchange) -> "list[Model]":
@@ -382,6 +390,13 @@ def _fields(request: ChatCompletionRequest | None, params: dict[str, Any]) -> di
             f"{name!r} is no parameter of a completion{meant}; a vendor's field goes into extra_body={{{name!r}: ...}}"
         )
     return params
+
+
+def _url(settings: Settings, path: str, query: Mapping[str, object] | None) -> str:
+    try:
+        return settings.endpoint.url(path, query)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"$.extra_query: {error}", path="$.extra_query") from error
 
 
 def _extra_headers(extra: Mapping[str, str] | None, base: Mapping[str, str] | None) -> Mapping[str, str] | None:

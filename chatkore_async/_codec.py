@@ -5,9 +5,10 @@ faster than looking at the objects, and it looks at what will be sent. An answer
 structs of `_responses`; only a message which that refuses is parsed generically and put right by `_tolerant`.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -76,12 +77,21 @@ _CheckedRequest = msgspec.defstruct(
 
 
 def _encode_other(value: object) -> object:
-    """What JSON has a form for although msgspec has none: other mappings, and lazy iterables."""
+    """What JSON has a form for although msgspec has none: other mappings and collections, and kinds of `str`."""
+    given: Any = value
     if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Iterable):
-        return list(value)
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+        return dict(given)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
+        return list(given)
+    if isinstance(value, Iterator):
+        raise TypeError("an iterator can be read only once: give a list")
+    raise TypeError(f"{type(given).__name__} has no form in JSON")
 
 
 _UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
@@ -96,9 +106,10 @@ MISFIT = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What strict decoding raises: wrong type or not JSON, bad UTF-8, nested too deeply."""
 
 _NO_TOKENS = Usage()
+_MAX_DEPTH = 1000
 
 
-def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mapping[str, Any] | None) -> bytes:
+def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mapping[str, object] | None) -> bytes:
     """Return the body of a request.
 
     Args:
@@ -110,44 +121,65 @@ def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mappi
         InvalidRequestError: with the path of the fault.
     """
     body = {name: value for name, value in fields.items() if value is not UNSET}
-    if isinstance(messages := body.get("messages"), list | tuple):
-        body["messages"] = [_sendable(message) for message in messages]
+    messages = body.get("messages")
+    if isinstance(messages, list | tuple) or _is_lazy(messages):
+        body["messages"] = [_sendable(message) for message in cast("Iterable[Any]", messages)]
     if stream:
         body["stream"] = True
     encoded = _encoded(body)
     try:
         _check(encoded)
-    except msgspec.ValidationError as error:
+    except MISFIT as error:
+        if fault := _find_fault(body, _not_finite):
+            _refuse(*fault, error)
         raise _invalid(error) from error
-    if extra_body:
-        body.update(extra_body)
+    if extra_body is not None:
+        if not isinstance(cast("object", extra_body), Mapping):
+            _refuse("$.extra_body", f"expected a mapping, got {type(extra_body).__name__}")
+        body = {name: value for name, value in {**body, **extra_body}.items() if value is not UNSET}
         encoded = _encoded(body)
     # msgspec writes NaN and infinity as null, so only a body with a null in it can hide one.
-    if b"null" in encoded and (fault := _find_fault(body, "$")):
-        raise InvalidRequestError(f"{fault[0]}: {fault[1]}", path=fault[0])
+    if b"null" in encoded and (fault := _find_fault(body, _not_finite)):
+        _refuse(*fault)
     return encoded
+
+
+def _is_lazy(messages: object) -> bool:
+    """A generator of messages, or another collection of them than a list."""
+    return isinstance(messages, Iterable) and not isinstance(messages, str | bytes | Mapping)
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
     try:
         return _encode(body)
     except _UNENCODABLE as error:
-        path, reason = _find_fault(body, "$") or ("$", str(error))
-        raise InvalidRequestError(f"{path}: {reason}", path=path) from error
+        lazy = [name for name, value in body.items() if isinstance(value, Iterator)]
+        if lazy:
+            body.update((name, list(body[name])) for name in lazy)
+            return _encoded(body)
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        _refuse(*(_find_fault(body, _why_not) or ("$", reason)), error)
+
+
+def _refuse(path: str, reason: str, cause: Exception | None = None) -> NoReturn:
+    # A key may hold what no terminal can be shown.
+    path = path.encode("utf-8", "backslashreplace").decode()
+    raise InvalidRequestError(f"{path}: {reason}", path=path) from cause
 
 
 def _sendable(message: Any) -> Any:
     """Return a message as it is sent; only what we received needs a change."""
     if isinstance(message, ChatCompletionMessage):
         return _message_to_send(message)
-    calls = message.get("tool_calls") if isinstance(message, dict) else getattr(message, "tool_calls", None)
-    if not isinstance(calls, list | tuple) or not any(
-        isinstance(call, ToolCall) and call.vendor_fields for call in calls
-    ):
+    given: object = message
+    is_mapping = isinstance(given, dict | Mapping)
+    calls: Any = message.get("tool_calls") if is_mapping else getattr(message, "tool_calls", None)
+    if not isinstance(calls, list | tuple) or not any(isinstance(call, ToolCall) for call in cast("list[Any]", calls)):
         return message
-    whole = dict(message) if isinstance(message, dict) else msgspec.to_builtins(message)
-    whole["tool_calls"] = [_call_to_send(call) if isinstance(call, ToolCall) else call for call in calls]
-    return whole
+    sent = [_call_to_send(call) if isinstance(call, ToolCall) else call for call in cast("list[Any]", calls)]
+    if is_mapping:
+        return {**message, "tool_calls": sent}
+    return msgspec.structs.replace(message, tool_calls=sent) if isinstance(message, msgspec.Struct) else message
 
 
 def _message_to_send(message: ChatCompletionMessage) -> dict[str, Any]:
@@ -155,8 +187,9 @@ def _message_to_send(message: ChatCompletionMessage) -> dict[str, Any]:
     sent: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.refusal is not None:
         sent["refusal"] = message.refusal
-    if message.reasoning_content is not None:
-        sent[getattr(message, "_reasoning_name", None) or "reasoning_content"] = message.reasoning_content
+    name = getattr(message, "_reasoning_name", "reasoning_content")
+    if message.reasoning_content is not None and name:
+        sent[name] = message.reasoning_content
     if message.tool_calls:
         sent["tool_calls"] = [_call_to_send(call) for call in message.tool_calls]
     if message.function_call is not None:
@@ -177,7 +210,7 @@ def _call_to_send(call: ToolCall) -> dict[str, Any]:
     return sent
 
 
-def _invalid(error: msgspec.ValidationError) -> InvalidRequestError:
+def _invalid(error: Exception) -> InvalidRequestError:
     """Name the path: msgspec names the object that lacks a field, we name the field."""
     reason, _, path = str(error).partition(" - at `")
     path = path.rstrip("`") or "$"
@@ -186,41 +219,67 @@ def _invalid(error: msgspec.ValidationError) -> InvalidRequestError:
         reason = "it is required"
     elif path == "$.messages" and "length >= 1" in reason:
         reason = "at least one message is required"
+    elif reason.startswith("JSON"):
+        reason = f"a msgspec.Raw in it is none ({reason})"
     return InvalidRequestError(f"{path}: {reason[:1].lower()}{reason[1:]}", path=path)
 
 
-def _find_fault(value: object, path: str, depth: int = 0) -> tuple[str, str] | None:
-    """Return the path of the first thing in `value` that JSON cannot hold, and what is wrong with it."""
-    if depth > 500:
-        return path, "it contains itself, or is nested too deeply"
-    if isinstance(value, float) and not math.isfinite(value):
-        return path, f"JSON has no {value}"
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return path, "it contains half of a surrogate pair, which UTF-8 cannot hold"
-        return None
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if fault := _find_fault(item, f"{path}.{key}", depth + 1):
-                return fault
-    elif isinstance(value, list | tuple | set | frozenset):
-        for index, item in enumerate(value):
-            if fault := _find_fault(item, f"{path}[{index}]", depth + 1):
-                return fault
-    elif isinstance(value, msgspec.Struct):
-        for name in value.__struct_fields__:
-            if fault := _find_fault(getattr(value, name), f"{path}.{name}", depth + 1):
-                return fault
-        return None
-    elif value is None or isinstance(value, bool | int | float | UnsetType):
-        return None
+def _find_fault(body: object, why_not: Callable[[object], str | None]) -> tuple[str, str] | None:
+    """Return the path of the first thing in `body` that JSON cannot hold, and what is wrong with it.
+
+    `why_not` judges values that hold no others. A loop, since what is sought may be a nesting too deep for recursion.
+    """
+    todo: list[tuple[object, tuple[object, ...]]] = [(body, ())]
+    while todo:
+        value, path = todo.pop()
+        if len(path) > _MAX_DEPTH:
+            return _shown(path[:1]), "it contains itself, or is nested too deeply"
+        items = _items(value)
+        if items is None:
+            if reason := why_not(value):
+                return _shown(path), reason
+            continue
+        if isinstance(value, Mapping):
+            for key in cast("Mapping[object, object]", value):
+                if reason := why_not({key: None}):
+                    return _shown((*path, str(key))), reason
+        todo += [(item, (*path, key)) for key, item in reversed(items)]
+    return None
+
+
+def _items(value: object) -> list[tuple[str | int, object]] | None:
+    """What is in `value`, by key, by index or by attribute; `None` when nothing can be."""
+    if isinstance(value, dict | Mapping):
+        return [(str(key), item) for key, item in cast("Mapping[object, object]", value).items()]
+    if isinstance(value, msgspec.Struct):
+        fields = [(name, getattr(value, name)) for name in value.__struct_fields__]
+        return [(name, item) for name, item in fields if item is not UNSET]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if not isinstance(value, str | bytes | bytearray | memoryview) and isinstance(value, Collection):
+        return list(enumerate(cast("Collection[object]", value)))
+    return None
+
+
+def _not_finite(value: object) -> str | None:
+    return f"JSON has no {value}" if isinstance(value, float) and not math.isfinite(value) else None
+
+
+def _why_not(value: object) -> str | None:
+    """Why JSON cannot hold a value, or `None` when it can."""
+    if reason := _not_finite(value):
+        return reason
     try:
         _encode(value)
+    except UnicodeEncodeError:
+        return "it contains half of a surrogate pair, which UTF-8 cannot hold"
     except _UNENCODABLE as error:
-        return path, str(error)
+        return str(error)
     return None
+
+
+def _shown(path: tuple[object, ...]) -> str:
+    return "$" + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
 
 
 def decode_completion(body: bytes) -> tuple[ChatCompletion, object]:
@@ -233,8 +292,7 @@ def decode_completion(body: bytes) -> tuple[ChatCompletion, object]:
     try:
         completion = _decode_completion(body)
     except MISFIT:
-        whole = _parse_object(body)
-        completion = _tolerant.completion(whole)
+        completion, whole = _decode_tolerantly(_tolerant.completion, body)
     if completion.usage == _NO_TOKENS:
         completion.usage = None
     completion._raw = body
@@ -247,8 +305,7 @@ def decode_chunk(data: bytes) -> tuple[ChatCompletionChunk, dict[str, Any]]:
     Raises:
         NotJSONError: `data` is not a JSON object.
     """
-    whole = _parse_object(data)
-    chunk = _tolerant.chunk(whole)
+    chunk, whole = _decode_tolerantly(_tolerant.chunk, data)
     chunk._raw = bytes(data)
     return chunk, whole
 
@@ -257,25 +314,37 @@ def decode_models(body: bytes) -> list[Model]:
     """Return the models in the answer to `GET /models`.
 
     Raises:
-        NotJSONError: `body` is not JSON.
+        NotJSONError: `body` is not JSON, or holds no list of models.
     """
     try:
-        models: list[Model] = _decode_models(body).data
+        return _decode_models(body).data
     except MISFIT:
         try:
-            models = _tolerant.models(_tolerant.parse(body))
+            return _tolerant.models(_tolerant.parse(body))
         except ValueError as error:
             raise NotJSONError(str(error)) from error
-    return models
 
 
-def _parse_object(data: bytes) -> dict[str, Any]:
+_AnswerT = TypeVar("_AnswerT", ChatCompletion, ChatCompletionChunk)
+
+
+def _decode_tolerantly(make: Callable[[dict[str, Any]], _AnswerT], data: bytes) -> tuple[_AnswerT, dict[str, Any]]:
     try:
-        whole = _tolerant.parse(data)
+        whole = _only(_tolerant.parse(data))
     except ValueError as error:
         raise NotJSONError(str(error)) from error
-    if isinstance(whole, list) and len(whole) == 1:
-        whole = whole[0]  # E11: Gemini puts its error objects into a list
     if not isinstance(whole, dict):
         raise NotJSONError(f"expected a JSON object, got {type(whole).__name__}")
-    return whole
+    fields = cast("dict[str, Any]", whole)
+    try:
+        return make(fields), fields
+    except RecursionError as error:
+        raise NotJSONError("it is nested too deeply") from error
+
+
+def _only(whole: object) -> object:
+    """E11: Gemini puts its objects into a list of one."""
+    if not isinstance(whole, list):
+        return whole
+    items = cast("list[object]", whole)
+    return items[0] if len(items) == 1 else items

@@ -3,9 +3,10 @@
 No I/O beside reading the environment.
 """
 
-import math
+import re
+import sys
 from collections.abc import Awaitable, Callable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 from urllib.parse import urlencode, urlsplit
 
 import msgspec
@@ -40,7 +41,13 @@ KeySource = Callable[[], str | Awaitable[str]]
 
 def conceal(api_key: str | KeySource | None) -> Secret | KeySource | None:
     """Wrap a key before anything can fail, so that no frame of ours holds the bare string when it does."""
-    return Secret(api_key.strip()) if isinstance(api_key, str) else api_key
+    given: Any = api_key
+    if isinstance(given, str):
+        return Secret(given.strip())
+    if given is not None and not callable(given):
+        # A mistake (bytes, a tuple by a stray comma) that will be refused; only its type's name is kept for that.
+        given = type(type(given).__name__, (), {})()
+    return cast("Secret | KeySource | None", given)
 
 
 def checked_key(key: Secret) -> Secret:
@@ -55,14 +62,22 @@ def checked_key(key: Secret) -> Secret:
     return key
 
 
-def _require_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or not math.isfinite(value):
-        raise ConfigurationError(f"{name} must be a positive number or None, not {value!r}")
+def _is_number(value: object, *, whole: bool = False) -> bool:
+    """Whether a value is a finite number of at least 0, and no truth value."""
+    kind = int if whole else (int, float)
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
-def _require_at_least_zero(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0 or not math.isfinite(value):
-        raise ConfigurationError(f"{name} must be a number of at least 0, not {value!r}")
+def _require_positive(name: str, value: object, *, whole: bool = False) -> None:
+    if not _is_number(value, whole=whole) or value == 0:
+        number = "whole number" if whole else "number"
+        raise ConfigurationError(f"{name} must be a positive {number} or None, not {value!r}")
+
+
+def _require_at_least_zero(name: str, value: object, *, whole: bool = False) -> None:
+    if not _is_number(value, whole=whole):
+        number = "whole number" if whole else "number"
+        raise ConfigurationError(f"{name} must be a {number} of at least 0, not {value!r}")
 
 
 class Timeout(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,7 +144,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if value is not None:
-                _require_positive(f"Limits.{name}", value)
+                _require_positive(f"Limits.{name}", value, whole=name != "keepalive_expiry")
 
 
 class RetryBudget(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,7 +160,7 @@ class RetryBudget(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
-            _require_at_least_zero(f"RetryBudget.{name}", getattr(self, name))
+            _require_at_least_zero(f"RetryBudget.{name}", getattr(self, name), whole=True)
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,10 +184,15 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     budget: RetryBudget | None = RetryBudget()
 
     def __post_init__(self) -> None:
-        for name in ("max_retries", "initial_delay", "max_delay", "max_retry_after"):
+        _require_at_least_zero("RetryPolicy.max_retries", self.max_retries, whole=True)
+        for name in ("initial_delay", "max_delay", "max_retry_after"):
             _require_at_least_zero(f"RetryPolicy.{name}", getattr(self, name))
-        if not isinstance(self.max_retries, int):
-            raise ConfigurationError(f"RetryPolicy.max_retries must be a whole number, not {self.max_retries!r}")
+        for name, kind, what in (
+            ("retry_unconfirmed", bool, "True or False"),
+            ("budget", RetryBudget | None, "a RetryBudget or None"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigurationError(f"RetryPolicy.{name} must be {what}, not {getattr(self, name)!r}")
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,10 +216,13 @@ def make_endpoint(
     environ: Mapping[str, str],
 ) -> Endpoint:
     """Put together an `Endpoint` from arguments and environment, or raise `ConfigurationError`."""
+    asked = key is not None
     if key is None:
         key = Secret(environ.get("CHATKORE_API_KEY", "").strip())
-        if not key:
-            raise ConfigurationError("no API key: set the environment variable CHATKORE_API_KEY, or pass api_key=")
+    base_url = base_url or environ.get("CHATKORE_BASE_URL", "").strip() or DEFAULT_BASE_URL
+    del environ  # before anything can fail: its repr shows the key
+    if not key and not asked:
+        raise ConfigurationError("no API key: set the environment variable CHATKORE_API_KEY, or pass api_key=")
     if isinstance(key, Secret):
         checked_key(key)
     elif not callable(key):
@@ -208,7 +231,7 @@ def make_endpoint(
     if isinstance(key, Secret):
         every["Authorization"] = Secret(f"Bearer {key}")
     return Endpoint(
-        base_url=normalize_base_url(base_url or environ.get("CHATKORE_BASE_URL", "").strip() or DEFAULT_BASE_URL),
+        base_url=normalize_base_url(base_url),
         key=key,
         headers=merge_headers(every, headers),
         headers_of_caller=merge_headers({}, headers),
@@ -225,16 +248,28 @@ def merge_headers(base: Mapping[str, str], extra: Mapping[str, str] | None) -> d
     merged = dict(base)
     if not extra:
         return merged
+    given: Any = extra
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"headers must be a mapping, not {type(given).__name__}")
     for name, value in extra.items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise ConfigurationError(f"header {name!r} must be a string with a string value")
-        if not name or not name.isascii() or any(char in name for char in " \t\r\n:") or "\r" in value or "\n" in value:
-            raise ConfigurationError(f"header {name!r} holds characters that no header may (RFC 9110 §5)")
+        _check_header(name, value)
         for known in [known for known in merged if known.lower() == name.lower()]:
             del merged[known]
         # A header of the caller's may be a credential of its own (a proxy's, a tenant's).
         merged[name] = Secret(value) if _is_credential(name) else value
     return merged
+
+
+def _check_header(name: object, value: object) -> None:
+    if not isinstance(name, str) or not isinstance(value, str):
+        raise ConfigurationError("the name and the value of a header must be strings")
+    if not _HEADER_NAME.fullmatch(name) or _NOT_IN_HEADER.search(value):
+        # What stands behind a colon is a value, and may be a credential.
+        raise ConfigurationError(f"header {name.partition(':')[0]!r} holds characters that no header may (RFC 9110 §5)")
+
+
+_HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+_NOT_IN_HEADER = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 
 
 def _is_credential(name: str) -> bool:
@@ -250,29 +285,37 @@ def normalize_base_url(base_url: str) -> str:
     Raises:
         ConfigurationError: it is not an http(s) URL, or carries a user name and password, a query or a fragment.
     """
-    if not isinstance(base_url, str):
-        raise ConfigurationError(f"base_url must be a string, not {type(base_url).__name__}")
+    given: Any = base_url
+    if not isinstance(given, str):
+        raise ConfigurationError(f"base_url must be a string, not {type(given).__name__}")
     base_url = base_url.strip()
     try:
         parts = urlsplit(base_url)
         port = parts.port
     except ValueError as error:
-        raise ConfigurationError(f"base_url {base_url!r} is not a URL: {error}") from error
+        raise ConfigurationError(f"base_url {_shown(base_url)} is not a URL: {error}") from error
     if "@" in parts.netloc:
         raise ConfigurationError("base_url must not contain a user name or password: pass the key as api_key=")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        hint = f" (did you mean 'https://{base_url}'?)" if "://" not in base_url and base_url else ""
-        raise ConfigurationError(f"base_url must begin with https:// or http:// and name a host: {base_url!r}{hint}")
-    if any(char.isspace() or ord(char) < 32 for char in base_url):
-        raise ConfigurationError(f"base_url contains white space: {base_url!r}")
-    if port == 0:
-        raise ConfigurationError(f"base_url names port 0: {base_url!r}")
-    if parts.query or parts.fragment:
+        hint = f" (did you mean {_shown('https://' + base_url)}?)" if "://" not in base_url and base_url else ""
         raise ConfigurationError(
-            f"base_url must not contain '?' or '#': pass the query of {base_url!r} as extra_query="
+            f"base_url must begin with https:// or http:// and name a host: {_shown(base_url)}{hint}"
+        )
+    if re.search(r"[\s\x00-\x1f\x7f]", base_url):
+        raise ConfigurationError(f"base_url contains white space: {_shown(base_url)}")
+    if port == 0:
+        raise ConfigurationError(f"base_url names port 0: {_shown(base_url)}")
+    if "?" in base_url or "#" in base_url:
+        raise ConfigurationError(
+            f"base_url must not contain '?' or '#': pass the query of {_shown(base_url)} as extra_query="
         )
     path = parts.path.rstrip("/").removesuffix("/chat/completions").rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+    return f"{parts.scheme}://{parts.netloc.rstrip(':')}{path or '/v1'}"
+
+
+def _shown(base_url: str) -> str:
+    """Return a base URL for an error message, without what may be a password, or the key put in the wrong place."""
+    return repr(re.sub(r"\bsk-[\w-]+|[^/@]*@|[?#].*", "***", base_url, flags=re.DOTALL))
 
 
 def is_loopback(url: str) -> bool:

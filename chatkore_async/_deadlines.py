@@ -19,12 +19,13 @@ class Deadline:
     `when` may be moved at will; `Deadlines.watch` has to be told only when it became earlier.
     """
 
-    __slots__ = ("expire", "seen_at", "when")
+    __slots__ = ("entry", "expire", "seen_at", "when")
 
     def __init__(self, when: float, expire: Callable[[], None]) -> None:
         self.when = when
         self.expire: Callable[[], None] | None = expire
-        self.seen_at = NEVER  # when the timer looks at it next
+        self.seen_at = NEVER  # when the timer looks at it next; once it is over, nothing is earlier
+        self.entry = -1  # the number of the heap's entry that counts; others are stale
 
     def __repr__(self) -> str:
         return f"<Deadline {'cancelled' if self.expire is None else self.when}>"
@@ -36,9 +37,10 @@ class Deadlines:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._heap: list[tuple[float, int, Deadline]] = []
-        self._order = itertools.count()  # so that two deadlines of one moment are never compared
+        self._numbers = itertools.count()  # so that two deadlines of one moment are never compared
         self._timer: asyncio.TimerHandle | None = None
-        self._stale = 0
+        self._timer_at = NEVER
+        self._stale = 0  # entries that were cancelled, or left behind by a deadline that moved
 
     def __repr__(self) -> str:
         return f"<Deadlines {len(self)} set>"
@@ -57,9 +59,10 @@ class Deadlines:
         """See to it that a deadline which became earlier is looked at in time."""
         if deadline.seen_at != NEVER:
             self._stale += 1  # the later entry stays in the heap until it comes up
-        deadline.seen_at = deadline.when
-        heapq.heappush(self._heap, (deadline.when, next(self._order), deadline))
-        if self._timer is None or deadline.when < self._timer.when():
+        when = deadline.seen_at = deadline.when
+        number = deadline.entry = next(self._numbers)
+        heapq.heappush(self._heap, (when, number, deadline))
+        if when < self._timer_at:
             self._set_timer()
 
     def cancel(self, deadline: Deadline) -> None:
@@ -70,41 +73,46 @@ class Deadlines:
         if deadline.seen_at != NEVER:
             self._stale += 1
             if self._stale > 64 and self._stale * 2 > len(self._heap):
-                self._heap = [entry for entry in self._heap if self._is_live(entry)]
+                # In place: the collector may end a stream, and so bring us here, while `watch` pushes.
+                self._heap[:] = [entry for entry in self._heap if entry[1] == entry[2].entry and entry[2].expire]
                 heapq.heapify(self._heap)
                 self._stale = 0
+        else:
+            deadline.seen_at = -NEVER
 
     def close(self) -> None:
         """Stop the timer; what is still set will not expire."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for _, _, deadline in self._heap:
+            deadline.expire = None
         self._heap.clear()
-
-    @staticmethod
-    def _is_live(entry: tuple[float, int, Deadline]) -> bool:
-        return entry[2].expire is not None and entry[2].seen_at == entry[0]
+        self._stale = 0
+        self._set_timer()
 
     def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(self._heap[0][0], self._wake) if self._heap else None
+            self._timer = None
+        self._timer_at = NEVER
+        if self._heap:
+            self._timer_at = self._heap[0][0]
+            self._timer = self._loop.call_at(self._timer_at, self._wake)
 
     def _wake(self) -> None:
-        self._timer = None
         now = self._loop.time()
-        while self._heap and self._heap[0][0] <= now:
-            entry = heapq.heappop(self._heap)
-            deadline = entry[2]
-            if not self._is_live(entry):
-                self._stale -= 1
-            elif deadline.when > now:
-                deadline.seen_at = NEVER
-                if deadline.when != NEVER:
-                    deadline.seen_at = deadline.when
-                    heapq.heappush(self._heap, (deadline.when, next(self._order), deadline))
-            else:
-                expire, deadline.expire = deadline.expire, None
-                if expire is not None:
+        try:
+            while self._heap and self._heap[0][0] <= now:
+                _, number, deadline = heapq.heappop(self._heap)
+                expire = deadline.expire
+                if expire is None or number != deadline.entry:
+                    self._stale -= 1
+                    continue
+                if deadline.when <= now:
+                    deadline.expire = None
+                    deadline.seen_at = -NEVER
                     expire()
-        self._set_timer()
+                else:  # it was moved later since
+                    deadline.seen_at = NEVER
+                    if deadline.when != NEVER:
+                        self.watch(deadline)
+        finally:
+            self._set_timer()

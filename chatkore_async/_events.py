@@ -30,7 +30,19 @@ class EventReader:
         whole: whether the body is no event stream, but one event.
     """
 
-    __slots__ = ("_blank", "_body", "_call", "_decoder", "_exchange", "_max", "cause", "ended", "events", "whole")
+    __slots__ = (
+        "_blank",
+        "_body",
+        "_body_size",
+        "_call",
+        "_decoder",
+        "_exchange",
+        "_max",
+        "cause",
+        "ended",
+        "events",
+        "whole",
+    )
 
     def __init__(self, call: Call, exchange: Exchange, max_event_size: int | None) -> None:
         self._call = call
@@ -39,6 +51,7 @@ class EventReader:
         self._decoder = Decoder(max_event_size)
         self._blank: bytes | None = b""  # what came before the first byte that tells what the body is
         self._body: list[bytes] = []
+        self._body_size = 0
         self.events: collections.deque[bytes] = collections.deque()
         self.ended = False
         self.cause: Exception | None = None
@@ -88,12 +101,14 @@ class EventReader:
             self.events.extend(self._decoder.feed(data))
             return
         self._body.append(data)
-        if self._max is not None and sum(map(len, self._body)) > self._max:
+        self._body_size += len(data)
+        if self._max is not None and self._body_size > self._max:
             raise EventTooLargeError(f"the answer is larger than max_event_size ({self._max} bytes)")
 
     def _break_off(self, cause: Exception) -> None:
-        with contextlib.suppress(EventTooLargeError):  # the break is the better reason
-            self._take(self._exchange.rescue())
+        if self._call.notes.ended is None:  # else it was closed by whoever left the stream, and nobody wants the rest
+            with contextlib.suppress(EventTooLargeError):  # the break is the better reason
+                self._take(self._exchange.rescue())
         self._exchange.abort()
         self._end(cause)
 
@@ -101,7 +116,8 @@ class EventReader:
         self.ended = True
         self.cause = cause
         if self.whole:
-            self.events.append(b"".join(self._body))
+            if not isinstance(cause, EventTooLargeError):
+                self.events.append(b"".join(self._body))
         else:
             # An event that the end cut in two is none; whether the stream was finished decides what that means.
             self.events.extend(event for event in self._decoder.finish() if is_whole(event))

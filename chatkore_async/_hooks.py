@@ -82,14 +82,14 @@ class Hook(Protocol):
 
 
 def notify(hooks: Sequence[object], method: str, event: object) -> dict[str, str]:
-    """Tell every hook that has `method`; return the headers they gave, later hooks winning."""
+    """Tell every hook that has `method`; return the headers that `on_attempt` gave, later hooks winning."""
     headers: dict[str, str] = {}
     for hook in hooks:
-        listener = getattr(hook, method, None)
-        if listener is None:
-            continue
         try:
-            headers.update(listener(event) or {})
+            listener = getattr(hook, method, None)
+            given = None if listener is None else listener(event)
+            if given is not None and method == "on_attempt":
+                headers.update(dict(given))  # whole or not at all
         except Exception:
             logger.exception("a hook failed in %s; the call goes on", method)
     return headers

@@ -4,17 +4,17 @@ Bytes and headers become a result or a typed error here, for awaited calls and f
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, TypeVar
+from typing import Final, Literal
 
 import msgspec
 
 from . import _codec, _sse, _tolerant
 from ._accumulate import Accumulator
-from ._classify import MAX_BODY, Failure, classify, one_line, page_title, request_id
+from ._classify import MAX_BODY, classify, is_page, masked, one_line, page_title, request_id
 from ._codec import NotJSONError
 from ._config import Secret
 from ._responses import ChatCompletion, ChatCompletionChunk, Model
-from .errors import APIError, InternalServerError, InvalidResponseError, StreamInterruptedError
+from .errors import APIError, InvalidResponseError, StreamInterruptedError
 
 DONE: Final = "done"
 """What `read_event` answers for `[DONE]`."""
@@ -30,6 +30,9 @@ class Head(msgspec.Struct, frozen=True):
     headers: Mapping[str, str]
     secret: Secret = Secret()
 
+    def __repr__(self) -> str:
+        return f"<Head {self.status}>"  # a header may echo the key
+
 
 def plain_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Return headers as a plain dict, names in lower case, repeated ones joined (RFC 9110 §5.3)."""
@@ -40,44 +43,36 @@ def plain_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return plain
 
 
-def read_error(head: Head, body: bytes) -> APIError | None:
-    """Return the error that an answer is or hides, or `None`."""
-    failure = classify(head.status, head.headers, body)
-    return None if failure is None else _exception(failure, head)
+def read_error(head: Head, body: bytes, whole: object = None, *, certain: bool = False) -> APIError | None:
+    """Return the error that an answer is or hides, or `None`.
 
-
-def _exception(failure: Failure, head: Head) -> APIError:
+    Args:
+        head: of the answer.
+        body: its body, or an event's data.
+        whole: the JSON in `body`, where it is decoded already.
+        certain: whether it is an error whatever the body says.
+    """
+    failure = classify(head.status, head.headers, body, secret=head.secret, whole=whole, certain=certain)
+    if failure is None:
+        return None
     error = failure.kind(
-        _without(head.secret, failure.message),
+        failure.message,
         status_code=failure.status,
-        code=_without(head.secret, failure.code),
-        type=_without(head.secret, failure.type),
-        param=_without(head.secret, failure.param),
-        body=_without(head.secret, failure.body),
-        headers=_without(head.secret, plain_headers(head.headers)),
+        code=failure.code,
+        type=failure.type,
+        param=failure.param,
+        body=failure.body,
+        headers=masked(plain_headers(head.headers), head.secret),
         retry_after=failure.retry_after,
         hint=failure.hint,
         retryable=failure.retryable,
     )
-    error._reported_id = request_id(head.headers) or failure.request_id
+    error._reported_id = _request_id(head) or failure.request_id
     return error
 
 
-_T = TypeVar("_T")
-
-
-def _without(secret: Secret, value: _T) -> _T:
-    """Return `value` with every echo of the key masked."""
-    if not secret:
-        return value
-    masked: Any = value
-    if isinstance(value, str):
-        masked = value.replace(secret, "***")
-    elif isinstance(value, dict):
-        masked = {_without(secret, key): _without(secret, item) for key, item in value.items()}
-    elif isinstance(value, list):
-        masked = [_without(secret, item) for item in value]
-    found: _T = masked
+def _request_id(head: Head) -> str | None:
+    found: str | None = masked(request_id(head.headers), head.secret)
     return found
 
 
@@ -87,19 +82,33 @@ def read_completion(head: Head, body: bytes) -> ChatCompletion:
     Raises:
         APIError: the answer is, or hides, an error, or is not what the API speaks.
     """
+    found = _completion_or_error(head, body)
+    if isinstance(found, APIError):
+        body = b""  # it may echo the key, and tracebacks show locals
+        raise found
+    return found
+
+
+def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
     if head.status != 200 and (error := read_error(head, body)):
-        raise error
+        return error
     try:
         completion, whole = _codec.decode_completion(body)
-    except NotJSONError as cause:
-        if _looks_like_events(body):
-            return _completion_of_events(head, body)
-        raise read_error(head, body) or not_the_api(head, body, cause) from cause
+    except NotJSONError as error:
+        cause = _harmless(error)
+    else:
+        return _checked(head, body, completion, whole)
+    if _looks_like_events(body):
+        return _completion_of_events(head, body)
+    return read_error(head, body) or not_the_api(head, body, cause)
+
+
+def _checked(head: Head, body: bytes, completion: ChatCompletion, whole: object) -> ChatCompletion | APIError:
     if whole is not None or not completion.choices:
-        if error := read_error(head, body):
-            raise error
+        if error := read_error(head, body, whole):
+            return error
         if not completion.choices:
-            raise not_the_api(head, body, None)
+            return not_the_api(head, body, None)
     return completion
 
 
@@ -109,21 +118,35 @@ def read_models(head: Head, body: bytes) -> list[Model]:
     Raises:
         APIError: the answer is, or hides, an error, or is not what the API speaks.
     """
-    if error := read_error(head, body):
-        raise error
+    found = _models_or_error(head, body)
+    if isinstance(found, APIError):
+        body = b""  # as above
+        raise found
+    return found
+
+
+def _models_or_error(head: Head, body: bytes) -> list[Model] | APIError:
+    if head.status != 200 and (error := read_error(head, body)):
+        return error
     try:
-        return _codec.decode_models(body)
-    except NotJSONError as cause:
-        raise not_the_api(head, body, cause) from cause
+        models = _codec.decode_models(body)
+    except NotJSONError as error:
+        return read_error(head, body) or not_the_api(head, body, _harmless(error))
+    # Only an answer without models can be an error; lists of models are long.
+    return models or read_error(head, body) or models
 
 
 def not_the_api(head: Head, body: bytes, cause: NotJSONError | None) -> InvalidResponseError:
-    """Return the error for an answer that is neither a result nor an error of the API."""
-    text = _without(head.secret, body[:MAX_BODY].decode("utf-8", "replace"))
+    """Return the error for an answer that is neither a result nor an error of the API.
+
+    `cause` tells why it is no JSON object, and is the error's; `None` for one that is.
+    """
+    text = _text(head, body)
     hint = None
     # A body that is empty, or was JSON as far as it went, is an answer that was lost on the way.
     lost = not body.strip() or (cause is not None and cause.truncated)
-    if (title := page_title(body)) is not None or "<html" in text[:1000].lower():
+    if is_page(body):
+        title = one_line(page_title(body), head.secret)
         message = f"the server answered with a web page{f' ({title})' if title else ''}, not with JSON"
         hint = "check base_url: it usually ends in /v1"
     elif not body.strip():
@@ -135,8 +158,20 @@ def not_the_api(head: Head, body: bytes, cause: NotJSONError | None) -> InvalidR
     else:
         message = f"the answer is not what the API speaks: {one_line(text)[:200]}"
     error = InvalidResponseError(message, body=text, hint=hint, retryable="unconfirmed" if lost else "never")
-    error._reported_id = request_id(head.headers)
+    error._reported_id = _request_id(head)
+    error.__cause__ = cause
     return error
+
+
+def _harmless(cause: NotJSONError) -> NotJSONError:
+    """Return a cause without its frames: they hold the answer, which may echo the key."""
+    cause.__cause__ = cause.__context__ = None
+    return cause.with_traceback(None)
+
+
+def _text(head: Head, body: bytes) -> str:
+    text: str = masked(body.decode("utf-8", "replace"), head.secret)
+    return text[:MAX_BODY]
 
 
 def begins_event_stream(data: bytes) -> bool:
@@ -149,24 +184,35 @@ def _looks_like_events(body: bytes) -> bool:
     return start.startswith((b"data:", b"event:", b":", b"id:", b"retry:", b"error:"))
 
 
-def _completion_of_events(head: Head, body: bytes) -> ChatCompletion:
+def _completion_of_events(head: Head, body: bytes) -> ChatCompletion | APIError:
     """S12: an event stream in answer to an awaited call."""
     decoder, merged, done = _sse.Decoder(), Accumulator(), False
-    for event in [*decoder.feed(body), *decoder.finish()]:
-        chunk = read_event(head, event)
-        if chunk == DONE:
-            done = True
-            break
-        if isinstance(chunk, ChatCompletionChunk):
-            merged.pending.append(chunk)
-    if not merged.started:
-        raise read_error(head, decoder.stray) or not_the_api(head, body, None)
+    events = [*decoder.feed(body), *(event for event in decoder.finish() if is_whole(event))]
+    try:
+        for event in events:
+            chunk = read_event(head, event)
+            if chunk == DONE:
+                done = True
+                break
+            if isinstance(chunk, ChatCompletionChunk):
+                merged.pending.append(chunk)
+    except APIError as error:
+        if merged.started:
+            error.partial = merged.completion()
+        return error.with_traceback(None)
     completion = merged.completion()
-    if not (done or merged.finished):
-        raise StreamInterruptedError(
-            "the answer, an event stream, ended before it was finished", partial=completion, retryable="unconfirmed"
+    if merged.started and (done or merged.finished):
+        return completion
+    found = read_error(head, decoder.stray)
+    if found is None and merged.started:
+        found = StreamInterruptedError(
+            "the answer, an event stream, ended before it was finished", retryable="unconfirmed"
         )
-    return completion
+    elif found is None:
+        found = not_the_api(head, body, None)
+        found._retryable = "unconfirmed"  # S7
+    found.partial = completion if merged.started else None
+    return found
 
 
 def read_event(head: Head, data: bytes) -> ChatCompletionChunk | Literal["done"] | None:
@@ -180,21 +226,26 @@ def read_event(head: Head, data: bytes) -> ChatCompletionChunk | Literal["done"]
     if text == b"[DONE]" or name == "done":
         return DONE
     if name == "error":
-        raise _event_error(head, data)
-    if not text or name == "ping":
+        reported = read_error(head, data, certain=True)
+        assert reported is not None
+        raise reported
+    if not text or name in _KEEP_ALIVE:
         return None
     try:
         chunk, whole = _codec.decode_chunk(data)
     except NotJSONError as cause:
-        text_of = _without(head.secret, data[:MAX_BODY].decode("utf-8", "replace"))
+        fragment = _text(head, data)
         raise InvalidResponseError(
-            f"an event of the stream is not JSON: {one_line(text_of)[:200]}", body=text_of, retryable="unconfirmed"
-        ) from cause
-    if error := read_error(head, data):
+            f"an event of the stream is not JSON: {one_line(fragment)[:200]}", body=fragment, retryable="unconfirmed"
+        ) from _harmless(cause)
+    if error := read_error(head, data, whole):
         raise error
-    if not chunk.choices and whole.get("type") in ("ping", "keepalive", "heartbeat"):
+    if not chunk.choices and whole.get("type") in _KEEP_ALIVE:
         return None
     return chunk
+
+
+_KEEP_ALIVE = ("ping", "keepalive", "keep-alive", "heartbeat")
 
 
 def is_whole(data: bytes) -> bool:
@@ -206,17 +257,3 @@ def is_whole(data: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _event_error(head: Head, data: bytes) -> APIError:
-    """S1: an event called `error` is one whatever its data says."""
-    if error := read_error(head, data):
-        return error
-    text = _without(head.secret, data[:MAX_BODY].decode("utf-8", "replace"))
-    return InternalServerError(
-        one_line(text) or "the stream reported an error without a reason",
-        status_code=head.status,
-        body=text,
-        headers=plain_headers(head.headers),
-        retryable="yes",
-    )

@@ -8,7 +8,9 @@ does not have, so that a message which needs care (an `error` beside the choices
 `reasoning_content`) fails strict decoding as well. A gate costs nothing on the messages that pass.
 """
 
-from typing import Annotated, Any, Literal
+import json
+import re
+from typing import Annotated, Any, Literal, NoReturn, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -23,6 +25,38 @@ Completeness = Literal["complete", "unconfirmed", "truncated"]
 
 _NullGate = None | UnsetType
 _ShutGate = UnsetType
+_GatedStr = Annotated[str, msgspec.Meta(min_length=1)]  # `""` means the default
+
+# Every escape is matched, so that the backslash of `\\ud800`, which is none, is not taken for the start of one.
+_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(u[dD][89a-fA-F][\da-fA-F]{2})|.)", re.DOTALL
+)
+
+
+def parse(data: bytes) -> object:
+    """Return the JSON value in `data`, however it was written.
+
+    Forgiven are a BOM, control characters inside strings and numbers beyond a double; `NaN` is not. Invalid UTF-8 and
+    half a surrogate pair (somebody cut an emoji in two) become U+FFFD.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be an answer.
+    """
+    text = data.decode("utf-8-sig", "replace").strip()
+    try:
+        return cast("object", msgspec.json.decode(text))
+    except (msgspec.DecodeError, RecursionError) as error:
+        try:
+            whole = _ESCAPE.sub(lambda escape: "\ufffd" if escape[1] else escape[0], text)
+            return cast("object", json.loads(whole, strict=False, parse_constant=_refuse))
+        except (ValueError, RecursionError):
+            # msgspec calls a number without its end invalid, where it calls all else without one truncated.
+            cut = "invalid number" in str(error) and text.endswith(("-", "+", ".", "e", "E"))
+            raise ValueError("Input data was truncated" if cut else str(error)) from error
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"JSON has no {constant}")
 
 
 class _Received(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
@@ -61,7 +95,7 @@ class ToolCall(VendorFields, _Received, forbid_unknown_fields=True):
     """A tool call of a finished message. It can be sent back as it is, inside a message or a dict."""
 
     id: str = ""
-    type: str = "function"
+    type: _GatedStr = "function"
     function: FunctionCall = msgspec.field(default_factory=FunctionCall)
     custom: CustomToolCall | UnsetType = UNSET
 
@@ -104,7 +138,7 @@ class ChatCompletionMessage(_ReasoningName, _Received):
     vendor sent it; `refusal` why it declined.
     """
 
-    role: str = "assistant"
+    role: _GatedStr = "assistant"
     content: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
@@ -186,14 +220,15 @@ class _Answer(MetaCarrier):
 
         An object that was not decoded from one message (made by hand, or merged from a stream) gives its
         declared fields.
+
+        Raises:
+            ValueError: a vendor field holds what Python cannot (a number of thousands of digits).
         """
         raw = getattr(self, "_raw", None)
-        if raw is not None:
-            whole: object = msgspec.json.decode(raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
-            if isinstance(whole, dict):
-                return whole
-        declared: dict[str, Any] = msgspec.to_builtins(self)
-        return declared
+        if raw is None:
+            return cast("dict[str, Any]", msgspec.to_builtins(self))
+        whole = parse(raw)
+        return cast("dict[str, Any]", cast("list[object]", whole)[0] if isinstance(whole, list) else whole)
 
 
 class ChatCompletion(_Answer, _Received):

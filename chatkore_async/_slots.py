@@ -5,7 +5,7 @@ answer `client.pool`, and need no trace configuration, which costs every call 18
 """
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 
 
 class Slots:
@@ -20,7 +20,8 @@ class Slots:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self.in_use = 0
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        # Ordered, and left from the middle at no cost: when a pool is stuck, thousands of waiters are cancelled.
+        self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"<Slots {self.in_use}/{self.limit} waiting {self.waiting}>"
@@ -31,8 +32,8 @@ class Slots:
         return sum(not waiter.done() for waiter in self._waiters)
 
     def take(self) -> bool:
-        """Take a place if one is free and nobody waits for it."""
-        if self.limit is not None and (self.in_use >= self.limit or self._waiters):
+        """Take a place if one is free. Nobody waits for one that is: places go from hand to hand."""
+        if self.limit is not None and self.in_use >= self.limit:
             return False
         self.in_use += 1
         return True
@@ -40,20 +41,20 @@ class Slots:
     async def wait(self) -> None:
         """Wait for a place and take it. A waiter who is cancelled leaves no hole."""
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        self._waiters[waiter] = None
         try:
             await waiter
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or the coroutine is closed
             if waiter.done() and not waiter.cancelled():
                 self.release()  # the place was given to us in the moment we were cancelled
             else:
-                self._waiters.remove(waiter)
+                self._waiters.pop(waiter, None)  # unless `release` met it already
             raise
 
     def release(self) -> None:
         """Give a place back, to the one who waits longest."""
         while self._waiters:
-            waiter = self._waiters.popleft()
+            waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done():
                 waiter.set_result(None)  # the place changes hands: `in_use` stays
                 return

@@ -12,8 +12,9 @@ inside an event, CR, comments, other fields) goes line by line through the rules
 over segments, the fast way is open again.
 
 Source: WHATWG HTML §9.2 "Server-sent events", on bytes: only LF, CR and CRLF end a line, so that U+2028 and its like
-inside strings do not. Two liberties, for what relays send (`wire.md` S1, S3): a line that is no field is kept for
-the end of the stream, where it may turn out to be a bare JSON error; a field named `error` is an event of its own.
+inside strings do not. Four liberties, for what relays send (`wire.md` S1, S2, S3): a field named `error` is an event of
+its own; an event without a name whose data is empty is a ping, and skipped; a line that is no field is kept for the
+end of the stream, where it may turn out to be a bare JSON error; the end of the body ends an event as well.
 """
 
 _BOM = b"\xef\xbb\xbf"
@@ -43,7 +44,8 @@ class Decoder:
     """Turns the bytes of an event stream into events.
 
     Args:
-        max_event_size: bytes that one event may take while it is incomplete; `None` disables the limit.
+        max_event_size: bytes that one event may take while it is incomplete; `None` disables the limit. An event that
+            is whole is handed out whatever its size, since its memory is spent.
     """
 
     __slots__ = ("_begun", "_data", "_data_size", "_line", "_line_size", "_max", "_name", "_skip_lf", "_stray")
@@ -71,7 +73,7 @@ class Decoder:
         """Return the events that `data` completes, in order.
 
         Raises:
-            EventTooLargeError: an incomplete event is larger than `max_event_size`.
+            EventTooLargeError: an incomplete event is larger than `max_event_size`, and no event is complete.
         """
         if (
             not self._line
@@ -128,7 +130,8 @@ class Decoder:
         if rest:
             self._line.append(rest)
             self._line_size += len(rest)
-        if self._max is not None and self._line_size + self._data_size > self._max:
+        # Whole events before the large one are handed out first; feeding it on will raise.
+        if self._max is not None and self._line_size + self._data_size > self._max and not events:
             raise EventTooLargeError(f"an event of the stream is larger than max_event_size ({self._max} bytes)")
         return events
 

@@ -7,9 +7,10 @@ the end, forms that strict decoding refuses) is behind the one `try` or the one 
 
 import asyncio
 import collections
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Final, Self
 
 from . import _codec
 from ._accumulate import BATCH, Accumulator, has_delta
@@ -24,6 +25,8 @@ from ._responses import ChatCompletion, ChatCompletionChunk, Completeness
 from ._sse import EventTooLargeError
 from ._transport import Exchange, mapped
 from .errors import APIError, ChatKoreError, InvalidResponseError, StreamError, StreamInterruptedError
+
+_BUSY: Final = "this ChatStream is being read by another task"
 
 
 class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
@@ -57,7 +60,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         self._done = False  # `[DONE]` came
         self._ended = False  # nothing more will be handed out
         self._busy = False
-        self._failure: BaseException | None = None
+        self._opener: asyncio.Task[Any] | None = None
+        self._failure: Exception | None = None
         self._completeness: Completeness | None = None
 
     def __repr__(self) -> str:
@@ -135,16 +139,27 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         Raises:
             APIError: no attempt got as far as a delta.
         """
+        if self._busy:
+            raise RuntimeError(_BUSY)
         if self._call is not None or self._ended:
             return
         call = self._call = self._make_call()
+        task = self._opener = asyncio.current_task()
+        cancelling = 0 if task is None else task.cancelling()
+        self._busy = True
         try:
             await call.run(self._receive)
         except BaseException as error:
+            # Another task left the stream, which cancelled this one: it finds a stream that has ended.
+            if self._ended and task is not None and task.uncancel() <= cancelling:
+                return
             self._ended = True
-            self._failure = error
+            self._failure = error if isinstance(error, Exception) else None
             call.end_with(error)
             raise
+        finally:
+            self._busy = False
+            self._opener = None
 
     def __aiter__(self) -> AsyncIterator[ChatCompletionChunk]:
         # A native generator costs a delta less than a call of `__anext__`. It keeps nothing of its own, so that a loop
@@ -153,7 +168,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     async def __anext__(self) -> ChatCompletionChunk:
         # Written out: the one of `collections.abc.AsyncGenerator` costs a coroutine more.
-        if self._call is None and not self._ended:
+        if (self._call is None or self._busy) and not self._ended:
             await self.open()
         while True:
             chunk = self._next()
@@ -176,11 +191,14 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         traceback: TracebackType | None = None,
     ) -> ChatCompletionChunk:
         """Leave the stream and raise what is thrown."""
-        error = kind if isinstance(kind, BaseException) else value
-        if not isinstance(error, BaseException):
-            error = kind() if isinstance(kind, type) else RuntimeError(kind)
+        if isinstance(kind, BaseException):
+            error = kind
+        elif isinstance(value, BaseException):
+            error = value
+        else:
+            error = kind() if value is None else kind(value)
         self._leave(error)
-        raise error.with_traceback(traceback)
+        raise error if traceback is None else error.with_traceback(traceback)
 
     async def aclose(self) -> None:
         """Leave the stream: free the connection at once. Awaits nothing; doing so twice is fine."""
@@ -188,21 +206,23 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     def __del__(self) -> None:
         call = getattr(self, "_call", None)
-        if call is None or self._ended or call.pool.loop.is_closed():
+        if call is None or self._ended:
             return
+        loop = call.pool.loop
         try:
-            here = asyncio.get_running_loop() is call.pool.loop
+            here = loop.is_closed() or asyncio.get_running_loop() is loop
         except RuntimeError:
             here = False
-        if here:
-            call.end("left")
-        else:  # the collector runs in whichever thread it likes
-            call.pool.loop.call_soon_threadsafe(call.end, "left")
+        with contextlib.suppress(RuntimeError):  # the loop is closed, or is closed in this very moment
+            if here:
+                call.end("left")
+            else:  # the collector runs in whichever thread it likes
+                loop.call_soon_threadsafe(call.end, "left")
 
     # How it works.
 
     async def _chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
-        if self._call is None and not self._ended:
+        if (self._call is None or self._busy) and not self._ended:
             await self.open()
         held, merged, decode = self._held, self._merged, _codec.decode_chunk_strictly
         events = collections.deque[bytes]() if self._reader is None else self._reader.events
@@ -216,14 +236,15 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 try:
                     chunk = decode(data)
                 except MISFIT:
-                    rare = self._read_rarely(data)
+                    pass
                 else:
                     if chunk.choices and type(data) is bytes:
                         chunk._raw = data
                         merged.pending.append(chunk)
                         yield chunk
                         continue
-                    rare = self._read_rarely(data)
+                rare_data, data = [data], b""
+                rare = self._read_rarely(rare_data)
                 if rare is not None:
                     merged.pending.append(rare)
                     yield rare
@@ -246,21 +267,29 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         try:
             chunk = _codec.decode_chunk_strictly(data)
         except MISFIT:
-            return self._read_rarely(data)
-        if not chunk.choices or type(data) is not bytes:
-            return self._read_rarely(data)
-        chunk._raw = data
-        return chunk
+            pass
+        else:
+            if chunk.choices and type(data) is bytes:
+                chunk._raw = data
+                return chunk
+        rare_data, data = [data], b""
+        return self._read_rarely(rare_data)
 
-    def _read_rarely(self, data: bytes) -> ChatCompletionChunk | None:
-        """Read an event that is no common chunk: return a chunk to hand out, or `None`; raise what it reports."""
+    def _read_rarely(self, rare_data: list[bytes]) -> ChatCompletionChunk | None:
+        """Read an event that is no common chunk: return a chunk to hand out, or `None`; raise what it reports.
+
+        The event is taken out of a list, so that no frame of a traceback still has it: an error may echo the key.
+        """
         call, reader = self._opened()
+        data = rare_data.pop()
         try:
             if reader.whole:
                 read_completion(call.head, data)  # S12: raises what a whole answer can hide
                 self._done = True
             chunk = read_event(call.head, data)
         except APIError as error:
+            data = b""
+            error.__traceback__ = None  # the frames of the reading have the event, too
             if call.notes.first_token is None:
                 raise  # the attempt failed as a plain call does, and may be repeated like one
             raise self._failed(error) from error.__cause__
@@ -271,7 +300,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         if isinstance(chunk, ChatCompletionChunk):
             if chunk.usage is None or chunk.choices:
                 return chunk
-            self._usage_came_last = True
+            # Usage before the first delta announces; only usage after it says that the server was done.
+            self._usage_came_last = call.notes.first_token is not None
             if not self._hide_usage:
                 return chunk
             # We asked for it, the caller did not, and `chunk.choices[0]` is to be safe.
@@ -290,10 +320,12 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         call.answered()
         if exchange.status != 200:
             body = await exchange.read(MAX_BODY, cut=True)
-            raise read_error(call.head, body) or not_the_api(call.head, body, None)
+            error = read_error(call.head, body) or not_the_api(call.head, body, None)
+            body = b""  # it may echo the key, and tracebacks show locals
+            raise error
         reader = self._reader = EventReader(call, exchange, self._max_event_size)
         self._held.clear()
-        self._merged.pending.clear()
+        self._merged = Accumulator()
         self._done = self._usage_came_last = False
         while not (self._held and has_delta(self._held[-1])):
             if reader.events:
@@ -307,9 +339,9 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     async def _fill(self) -> None:
         """Wait for what comes next. After the last of it, end the stream."""
-        call, reader = self._opened()
         if self._busy:
-            raise RuntimeError("this ChatStream is being read by another task")
+            raise RuntimeError(_BUSY)
+        call, reader = self._opened()
         self._busy = True
         try:
             if self._done or reader.ended:
@@ -328,7 +360,6 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         """Everything that arrived was handed out: decide how the stream ended."""
         finished = self._merged.finished
         if not finished and not self._done and not self._usage_came_last:
-            self._completeness = "truncated"
             raise self._failed(self._truncation(call, reader)) from reader.cause
         if not finished:
             logger.warning(
@@ -338,8 +369,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         self._completeness = "complete" if finished else "unconfirmed"
         self._ended = True
         try:
-            if call.exchange is not None:
-                await call.exchange.drain(call.pool, call.outgoing.url)
+            assert call.exchange is not None
+            await call.exchange.drain(call.pool, call.outgoing.url)
         finally:
             call.end("ok", usage=self.snapshot.usage)
 
@@ -363,14 +394,18 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             return InvalidResponseError(str(reader.cause), hint="raise Limits.max_event_size")
         if reader.cause is not None:
             return mapped(reader.cause, sent=True)
-        return InvalidResponseError(
-            "the stream ended without a delta", body=reader.stray.decode("utf-8", "replace"), retryable="unconfirmed"
-        )
+        if reader.stray:
+            try:
+                read_completion(call.head, reader.stray)
+            except APIError as error:  # text that is no event stream: what it is to an awaited call, it is here
+                return error
+        return InvalidResponseError("the stream ended without a delta", retryable="unconfirmed")
 
     def _failed(self, error: APIError) -> APIError:
         """Close the books over an error after the first delta, and give it what was delivered."""
         call, _ = self._opened()
         error.partial = self.snapshot
+        self._completeness = "complete" if self._merged.finished else "truncated"
         error._retryable = "never"
         call.fail(error)
         self._ended = True
@@ -388,3 +423,5 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             self._reader.events.clear()
         if self._call is not None:
             self._call.end("cancelled" if isinstance(error, asyncio.CancelledError) else "left")
+        if self._opener is not None:
+            self._opener.cancel()

@@ -5,7 +5,7 @@ from the struct, never from `to_dict()`, which reads the bytes.
 """
 
 import json
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -28,20 +28,10 @@ from ._responses import (
     ToolCall,
     ToolCallDelta,
     Usage,
+    parse,
 )
 
-
-def parse(data: bytes) -> object:
-    """Return the JSON value in `data`, a BOM before it and invalid UTF-8 in it forgiven.
-
-    Raises:
-        ValueError: it is not JSON, or nested too deeply to be an answer.
-    """
-    try:
-        value: object = msgspec.json.decode(data.decode("utf-8-sig", "replace").strip())
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(str(error)) from error
-    return value
+__all__ = ["chunk", "completion", "models", "parse"]
 
 
 def completion(whole: dict[str, Any]) -> ChatCompletion:
@@ -57,8 +47,18 @@ def chunk(whole: dict[str, Any]) -> ChatCompletionChunk:
 
 
 def models(whole: object) -> list[Model]:
-    """Return the models in the answer to `GET /models`: an object with `data`, or a bare list."""
-    items = (whole.get("data", whole.get("models")) if isinstance(whole, dict) else whole) or []
+    """Return the models in the answer to `GET /models`: an object with `data`, or a bare list, of objects or names.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    held = _object(whole)
+    items = next((held[name] for name in ("data", "models") if name in held), whole)
+    if items is None:
+        return []  # how Go writes an empty list
+    if not isinstance(items, list):
+        raise ValueError("expected a list of models")  # noqa: TRY004 - the server's mistake, not a caller's
+    named = [{"id": item} if isinstance(item, str) else item for item in cast("list[object]", items)]
     return [
         Model(
             id=_text(item.get("id") or item.get("name")) or "",
@@ -66,7 +66,7 @@ def models(whole: object) -> list[Model]:
             created=_whole(item.get("created")) or 0,
             owned_by=_text(item.get("owned_by")) or "",
         )
-        for item in _objects(items)
+        for item in _objects(named)
     ]
 
 
@@ -84,17 +84,19 @@ def _common(whole: dict[str, Any]) -> dict[str, Any]:
 def _choice(item: dict[str, Any]) -> Choice:
     # A `delta` in place of the `message` comes from relays that answer a plain call with the last chunk.
     said = _object(item.get("message")) or _object(item.get("delta"))
+    reasoning, reasoning_name = _reasoning(said)
     message = ChatCompletionMessage(
         role=_text(said.get("role")) or "assistant",
         content=_text(said.get("content")),
-        reasoning_content=_reasoning(said),
+        reasoning_content=reasoning,
         refusal=_text(said.get("refusal")),
         tool_calls=[_tool_call(call) for call in _objects(said.get("tool_calls"))] or None,
         function_call=_function(said["function_call"]) if _object(said.get("function_call")) else None,
         annotations=_convert(said.get("annotations"), list[Annotation]),
         audio=_convert(said.get("audio"), Audio),
     )
-    _name_reasoning(message, said)
+    if reasoning_name is not None:
+        message._reasoning_name = reasoning_name
     return Choice(
         index=_whole(item.get("index")) or 0,
         message=message,
@@ -106,10 +108,11 @@ def _choice(item: dict[str, Any]) -> Choice:
 def _chunk_choice(item: dict[str, Any]) -> ChunkChoice:
     said = _object(item.get("delta")) or _object(item.get("message"))
     function = _object(said.get("function_call"))
+    reasoning, reasoning_name = _reasoning(said)
     delta = ChoiceDelta(
         role=_text(said.get("role")) or None,
         content=_text(said.get("content")),
-        reasoning_content=_reasoning(said),
+        reasoning_content=reasoning,
         refusal=_text(said.get("refusal")),
         tool_calls=[_tool_call_delta(call) for call in _objects(said.get("tool_calls"))] or None,
         function_call=FunctionCallDelta(name=_text(function.get("name")), arguments=_json(function.get("arguments")))
@@ -118,7 +121,8 @@ def _chunk_choice(item: dict[str, Any]) -> ChunkChoice:
         annotations=_convert(said.get("annotations"), list[Annotation]),
         audio=_convert(said.get("audio"), AudioDelta),
     )
-    _name_reasoning(delta, said)
+    if reasoning_name is not None:
+        delta._reasoning_name = reasoning_name
     return ChunkChoice(
         index=_whole(item.get("index")) or 0,
         delta=delta,
@@ -128,12 +132,13 @@ def _chunk_choice(item: dict[str, Any]) -> ChunkChoice:
 
 
 def _tool_call(item: dict[str, Any]) -> ToolCall:
+    custom = _object(item.get("custom"))
     call = ToolCall(
         id=_text(item.get("id")) or "",
-        type=_text(item.get("type")) or "function",
+        type=_text(item.get("type")) or ("custom" if custom else "function"),
         function=_function(item.get("function")),
     )
-    if custom := _object(item.get("custom")):
+    if custom:
         call.custom = CustomToolCall(name=_text(custom.get("name")) or "", input=_text(custom.get("input")) or "")
     return _with_vendor_fields(call, item)
 
@@ -174,33 +179,37 @@ def _with_vendor_fields(call: _ToolCallT, item: dict[str, Any]) -> _ToolCallT:
     return call
 
 
-def _reasoning(said: dict[str, Any]) -> str | None:
-    """C5: `reasoning_content` where it says something, else `reasoning`."""
-    first = _text(said.get("reasoning_content"))
-    return first or _text(said.get("reasoning")) or first
+def _reasoning(said: dict[str, Any]) -> tuple[str | None, str | None]:
+    """C5: `reasoning_content` where it says something, else `reasoning`, else the thoughts in a content of parts.
 
-
-def _name_reasoning(holder: ChatCompletionMessage | ChoiceDelta, said: dict[str, Any]) -> None:
-    if holder.reasoning_content and not said.get("reasoning_content"):
-        holder._reasoning_name = "reasoning"
+    And the name it came by: `None` for the usual one, `""` for none.
+    """
+    usual = _text(said.get("reasoning_content"))
+    if not usual and (other := _text(said.get("reasoning"))):
+        return other, "reasoning"
+    parts = said.get("content")
+    if not usual and isinstance(parts, list):
+        thoughts = [_text(_object(part).get("thinking")) for part in cast("list[object]", parts)]
+        if thought := "".join(text for text in thoughts if text):
+            return thought, ""
+    return usual, None
 
 
 def _usage(whole: dict[str, Any]) -> Usage | None:
-    """C6: at the top, else under `x_groq`, else in the first choice; null and `{}` are none."""
-    first = next(iter(_objects(whole.get("choices"))), {})
-    for held in (whole, _object(whole.get("x_groq")), first):
+    """C6: at the top, else under `x_groq`, else in a choice; null and `{}` are none."""
+    for held in (whole, _object(whole.get("x_groq")), *_objects(whole.get("choices"))):
         if found := _object(held.get("usage")):
             counts = {name: _counted(value) for name, value in found.items()}
-            usage: Usage | None = _convert({name: value for name, value in counts.items() if value is not None}, Usage)
-            return usage
+            known = {name: value for name, value in counts.items() if value is not None}
+            return cast("Usage | None", _convert(known, Usage))
     return None
 
 
 def _counted(value: object) -> object:
     """A count of tokens, or an object of such counts."""
-    if isinstance(value, dict):
-        return {name: number for name, item in value.items() if (number := _whole(item)) is not None}
-    return _whole(value)
+    if (details := _dict(value)) is None:
+        return _whole(value)
+    return {name: number for name, item in details.items() if (number := _whole(item)) is not None}
 
 
 def _finish_reason(value: object) -> str | None:
@@ -211,25 +220,29 @@ def _finish_reason(value: object) -> str | None:
 
 def _objects(value: object) -> list[dict[str, Any]]:
     """The objects in a list; one object alone is a list of one."""
-    if isinstance(value, dict):
-        return [value]
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    items = cast("list[object]", value) if isinstance(value, list) else [value]
+    return [whole for item in items if (whole := _dict(item)) is not None]
 
 
 def _object(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return _dict(value) or {}
+
+
+def _dict(value: object) -> dict[str, Any] | None:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def _text(value: object) -> str | None:
-    """C2: a string, the text of a list of parts, or a number written out."""
+    """C2: a string, the text of a part or of a list of parts; anything else is written out as JSON."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list):
-        texts = [_text(part.get("text") if isinstance(part, dict) else part) for part in value]
+        items = cast("list[object]", value)
+        texts = [_text(item if (part := _dict(item)) is None else part.get("text")) for item in items]
         return "".join(text for text in texts if text)
-    if isinstance(value, dict):
-        return _text(value.get("text"))
-    return json.dumps(value)
+    if (part := _dict(value)) and "text" in part:
+        return _text(part["text"])
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _json(value: object) -> str | None:
@@ -239,11 +252,11 @@ def _json(value: object) -> str | None:
 
 def _whole(value: object) -> int | None:
     """C6: a whole number from whatever notation, or `None`."""
-    if isinstance(value, int):
-        return None if isinstance(value, bool) else value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
     try:
-        return int(float(value)) if isinstance(value, str | float) else None
-    except (ValueError, OverflowError):
+        return int(float(value)) if isinstance(value, str) else int(value)
+    except (ValueError, OverflowError):  # no number, or infinite
         return None
 
 

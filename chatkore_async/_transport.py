@@ -1,38 +1,44 @@
 """The session manager: pooled aiohttp sessions, one per event loop, and one request after another through them.
 
-Beside the testing support this is the only room that knows aiohttp. What comes out of it is ours: an `Exchange`
-that is read and let go, and errors of our tree. Foreign exceptions are mapped here, each with the one fact that the
-retries need to know: had the request been sent?
+What comes out of here is ours: an `Exchange` that is read and let go, and errors of our tree.
 """
 
 import asyncio
+import base64
 import contextlib
-import errno
 import io
 import os
-import socket
 import ssl as _ssl
 import threading
 import urllib.request
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import aiohttp
-from aiohttp.http_exceptions import HttpProcessingError
 
-from ._config import Limits, is_loopback
+from ._config import Limits, Secret, merge_headers
+from ._connector import NO_TIMEOUT, Connector, Keeper, close, open_socket
 from ._deadlines import Deadlines
+from ._foreign import (
+    FOREIGN,
+    UNSENDABLE,
+    ClientClosedError,
+    ConnectTimeoutError,
+    connect_timeout,
+    harmless,
+    mapped,
+    was_sent,
+)
 from ._meta import PoolStats
+from ._proxies import checked_proxy, environment_proxy
 from ._slots import Slots
-from .errors import APIConnectionError, APIError, APITimeoutError, ConfigurationError, InvalidResponseError
+from .errors import ConfigurationError, InvalidRequestError, InvalidResponseError
 
 Session = aiohttp.ClientSession
 
-# What aiohttp raises while it sends and reads. Not all of it is a ClientError: errors of its parser and builtin
-# ValueErrors leak from reading lines, and reading from a closed connection is a RuntimeError.
-FOREIGN = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError, RuntimeError)
+__all__ = ["FOREIGN", "Exchange", "Pool", "Session", "SessionManager", "checked_proxy", "mapped"]
 
 HEADER_LIMIT = 64 * 1024
 """Bytes of one header. aiohttp's 8 KiB are less than some gateways send; more than this is a flood."""
@@ -41,86 +47,9 @@ DRAIN_BYTES = 64 * 1024
 DRAIN_SECONDS = 0.25
 """What is read off after the end of a stream, to give its connection back (contract §3)."""
 
-_FOREVER = 1e9
+_FOREVER = 1e9  # aiohttp 3.13 has no other way to say it
 _LARGE_BODY = 512 * 1024  # aiohttp warns of bytes above 1 MiB, and writes them in one go
-_GRACE_TURNS = 8
-_NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
-
-
-def _open_socket(address: Any) -> socket.socket:
-    """Make a socket that notices a peer that is gone: NATs and firewalls drop idle connections silently."""
-    family, kind, protocol, _, _ = address
-    opened = socket.socket(family, kind, protocol)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return opened
-
-
-class _ConnectTimeoutError(Exception):
-    """The `connect` time of a `Timeout` passed."""
-
-
-class _Connector(aiohttp.TCPConnector):
-    """A connector that counts its connections and times their opening.
-
-    `_create_connection` is the method that aiohttp documents for subclasses. It runs in the task of the request, and
-    only when no connection is idle: what is done here costs a reused connection nothing.
-    """
-
-    def __init__(self, deadlines: Deadlines, **options: Any) -> None:
-        super().__init__(**options)
-        self._deadlines = deadlines
-        self.created = 0
-        self.opening: set[asyncio.Task[Any] | None] = set()
-        self.opened: dict[asyncio.Task[Any] | None, float] = {}  # seconds it took, until the request asks
-        self._protocols: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def count_open(self) -> int:
-        """How many connections are open now."""
-        return sum(protocol.is_connected() for protocol in self._protocols)
-
-    def transports(self) -> list[Any]:
-        """The transports of all connections."""
-        return [protocol.transport for protocol in self._protocols if protocol.transport is not None]
-
-    async def _create_connection(self, req: Any, traces: Any, timeout: aiohttp.ClientTimeout) -> Any:
-        task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        late = False
-
-        def expire(turns: int = _GRACE_TURNS) -> None:
-            # A loop that is busy with thousands of handshakes is late, the network is not. So time alone does not
-            # decide: a connection that needs only a few more turns of the loop is given them.
-            nonlocal late
-            if task is None or task not in self.opening:
-                return
-            if turns:
-                loop.call_soon(expire, turns - 1)
-            else:
-                late = True
-                task.cancel()
-
-        limit = timeout.sock_connect
-        deadline = None if limit is None else self._deadlines.set(began + limit, expire)
-        self.opening.add(task)
-        try:
-            protocol = await super()._create_connection(req, traces, _NO_TIMEOUT)
-        except asyncio.CancelledError as cancelled:
-            if late and task is not None:
-                task.uncancel()
-                raise _ConnectTimeoutError(f"no connection after {limit:g} s") from cancelled
-            raise
-        finally:
-            self.opening.discard(task)
-            if deadline is not None:
-                self._deadlines.cancel(deadline)
-        self.created += 1
-        self.opened[task] = loop.time() - began
-        self._protocols.add(protocol)
-        return protocol
+_KEPT = 64
 
 
 class Exchange:
@@ -129,28 +58,29 @@ class Exchange:
     `content` is the body's reader; a stream awaits its `readany()` directly, without a coroutine in between.
     """
 
-    __slots__ = ("_host_place", "_place", "_response", "connect", "content", "headers", "status")
+    __slots__ = ("_host_place", "_pool", "_response", "connect", "content", "headers", "status")
 
     def __init__(
-        self, response: aiohttp.ClientResponse, place: Slots, host_place: Slots | None, connect: float | None
+        self, response: aiohttp.ClientResponse, pool: "Pool", host_place: Slots | None, connect: float | None
     ) -> None:
         self._response = response
-        self._place: Slots | None = place
+        self._pool: Pool | None = pool  # until it is let go
         self._host_place = host_place
         self.connect = connect
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
         self.content = response.content
+        pool.responses.add(response)
 
     def __repr__(self) -> str:
-        return f"<Exchange {self.status} {'open' if self._place else 'let go'}>"
+        return f"<Exchange {self.status} {'open' if self._pool else 'let go'}>"
 
     async def read(self, limit: int | None, *, cut: bool = False) -> bytes:
         """Return the whole body, and let go.
 
         Args:
-            limit: bytes that are read at most.
-            cut: whether a longer body is cut; otherwise it is an `InvalidResponseError`.
+            limit: bytes after which no more is read.
+            cut: whether a longer body is cut there; otherwise it is an `InvalidResponseError`.
 
         Raises:
             APIError: the body broke off, or is too large.
@@ -162,8 +92,6 @@ class Exchange:
             while piece := await content.readany():
                 pieces.append(piece)
                 size += len(piece)
-                if content.at_eof():
-                    break
                 if limit is not None and size > limit:
                     self.abort()
                     if cut:
@@ -171,6 +99,8 @@ class Exchange:
                     raise InvalidResponseError(
                         f"the answer is larger than max_body_size ({limit} bytes)", hint="raise Limits.max_body_size"
                     )
+                if content.at_eof():
+                    break
         except FOREIGN as cause:
             self.abort()
             if cut:
@@ -184,7 +114,7 @@ class Exchange:
         self.content.set_exception(None)  # type: ignore[arg-type]
         return self.content.read_nowait()
 
-    async def drain(self, pool: "Pool", host: str) -> None:
+    async def drain(self, pool: "Pool", url: str) -> None:
         """Read off what follows the end of a stream, within bounds, so that the connection can be used again.
 
         A host that does not end its bodies is remembered, and not waited for again.
@@ -193,36 +123,44 @@ class Exchange:
         if content.at_eof():
             self.let_go()
             return
+        host = urlsplit(url).netloc
         if host in pool.never_ending:
             self.abort()
             return
-        deadline = pool.deadlines.set(pool.loop.time() + DRAIN_SECONDS, self.abort)
         size = 0
+
+        def stop() -> None:
+            pool.never_ending.add(host)
+            self.abort()
+
+        deadline = pool.deadlines.set(pool.loop.time() + DRAIN_SECONDS, stop)
         try:
-            while not content.at_eof() and size <= DRAIN_BYTES:
+            while not content.at_eof():
                 size += len(await content.readany())
+                if size > DRAIN_BYTES:
+                    stop()
+                    return
+            self.let_go()
         except FOREIGN:
-            size = DRAIN_BYTES + 1
+            pass  # it broke, or took too long: there is nothing to give back
         finally:
             pool.deadlines.cancel(deadline)
-            if content.at_eof() and size <= DRAIN_BYTES:
-                self.let_go()
-            elif self._place is None or size > DRAIN_BYTES:
-                pool.never_ending.add(host)
             self.abort()
 
     def let_go(self) -> None:
         """Give back the place; the connection went back to the pool when the body's end was read."""
-        if self._place is not None:
-            self._place.release()
-            self._place = None
+        pool = self._pool
+        if pool is not None:
+            self._pool = None
+            pool.responses.discard(self._response)
+            pool.slots.release()
             if self._host_place is not None:
                 self._host_place.release()
 
     def abort(self) -> None:
         """Close the connection at once and give back the place. A pending read raises. Doing so twice is fine."""
-        if self._place is not None:
-            self._response.close()
+        if self._pool is not None:
+            close(self._response, aiohttp.ClientConnectionError("let go before its end"))
             self.let_go()
 
 
@@ -234,40 +172,46 @@ class Pool:
         self.loop = loop
         self.deadlines = Deadlines(loop)
         self.slots = Slots(limits.max_connections)
-        self.requests = 0
+        self.responses: set[aiohttp.ClientResponse] = set()  # in flight
+        self.reused = 0
         self.never_ending: set[str] = set()  # hosts that keep a stream open after its end
         self._per_host = limits.max_connections_per_host
-        self._host_slots: dict[str, Slots] = {}
+        self._host_slots: dict[tuple[str, str], Slots] = {}
         self._timeouts: dict[float | None, aiohttp.ClientTimeout] = {}
-        self._proxies: dict[str, str | None] = {}
-        self._keeper: AsyncGenerator[None, None] | None = None
-        self.connector: _Connector | None = None
+        self._proxies: dict[str, str | None] = {}  # by URL
+        self._keeper: Keeper | None = None
+        self.connector: Connector | None = None
         if manager.session is not None:
-            self.session = manager.session
+            self.session = _checked(manager.session, loop)
             self.headers: Mapping[str, str] | None = None
             return
         self.headers = manager.headers
-        self.connector = _Connector(
+        self._environment = urllib.request.getproxies()
+        self.connector = Connector(
             self.deadlines,
             limit=0,
             keepalive_timeout=_FOREVER if limits.keepalive_expiry is None else limits.keepalive_expiry,
             ssl=True if manager.ssl is None else manager.ssl,
-            socket_factory=_open_socket,
+            socket_factory=open_socket,
         )
-        self.session = aiohttp.ClientSession(
+        self.session = self._make_session(manager.headers)
+        # aiohttp sends a session's own headers to the proxy as well, our key as its `Proxy-Authorization`. So what goes
+        # through a proxy has a session that knows nothing.
+        self._proxied = self._make_session(
+            {name: value for name, value in manager.headers.items() if name.lower() == "user-agent"}
+        )
+        self._keeper = Keeper((self.session, self._proxied), self.connector, self.deadlines, self.responses, loop)
+        weakref.finalize(self, self._keeper.bury)
+
+    def _make_session(self, headers: Mapping[str, str]) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
             connector=self.connector,
-            headers=manager.headers,
+            headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=_NO_TIMEOUT,
+            timeout=NO_TIMEOUT,
             max_line_size=HEADER_LIMIT,
             max_field_size=HEADER_LIMIT,
         )
-        self._keeper = _keep(self.session, self.deadlines)
-        # Started by hand, since nothing in it suspends: from now on the loop knows it, and closes the session when it
-        # shuts its async generators down.
-        with contextlib.suppress(StopIteration):
-            self._keeper.__anext__().send(None)
-        weakref.finalize(self, _bury, self.session, self.connector, loop)
 
     @property
     def closed(self) -> bool:
@@ -278,7 +222,7 @@ class Pool:
         """The places of a URL's host, where they are limited."""
         if self._per_host is None:
             return None
-        host = urlsplit(url).netloc
+        host = urlsplit(url)[:2]
         slots = self._host_slots.get(host)
         if slots is None:
             slots = self._host_slots[host] = Slots(self._per_host)
@@ -303,20 +247,32 @@ class Pool:
 
         Raises:
             APIError: the request could not be sent, or was not answered.
-            ConfigurationError: the proxy cannot be used, or the session is closed.
+            ConfigurationError: the proxy cannot be used, or the client or its session was closed.
+            InvalidRequestError: a header cannot be sent.
         """
         options: dict[str, Any] = {}
+        session = self.session
+        if self.connector is None:
+            # Whatever the caller's session does with other answers, ours have to be read.
+            options["raise_for_status"] = False
+            options["auto_decompress"] = True
+        if proxy is None:
+            proxy = self._proxies[url] if url in self._proxies else self._environment_proxy(url)
+        if proxy:
+            options["proxy"] = proxy
+            if self.headers is not None:
+                session = self._proxied
+                headers = merge_headers(self.headers, headers)
+            headers = _authorized(headers, url, proxy)
         if headers is not None:
             options["headers"] = headers
-        if (through := self._proxy_for(url, proxy)) is not None:
-            options["proxy"] = through
         if ssl is not None:
             options["ssl"] = ssl
         timeout = self._timeouts.get(connect)
         if timeout is None:
-            timeout = self._timeouts[connect] = aiohttp.ClientTimeout(total=None, sock_connect=connect)
+            timeout = self._timeout(connect)
         try:
-            response = await self.session.request(
+            response = await session.request(
                 method,
                 url,
                 data=io.BytesIO(body) if body is not None and len(body) > _LARGE_BODY else body,
@@ -324,108 +280,119 @@ class Pool:
                 timeout=timeout,
                 **options,
             )
-        except FOREIGN as cause:
-            self._opened()
-            raise mapped(cause, sent=_was_sent(cause)) from _harmless(cause)
-        except _ConnectTimeoutError as cause:
-            raise APITimeoutError(
-                f"could not connect to {urlsplit(url).netloc} within {connect:g} s", phase="connect", retryable="yes"
-            ) from cause
+        except (*FOREIGN, TypeError, ConnectTimeoutError) as caught:
+            cause: Exception = caught
         except BaseException:
             self._opened()
             raise
-        self.requests += 1
-        return Exchange(response, self.slots, host_place, self._opened())
+        else:
+            connector = self.connector
+            took = self._opened() if connector is not None and connector.opened else None
+            if took is None:
+                self.reused += 1
+            return Exchange(response, self, host_place, took)
+        # Raised out here, so that what shows the request's headers is not kept as its context either.
+        self._opened()
+        raise self._error(cause, url, connect) from harmless(cause)
+
+    def _error(self, cause: Exception, url: str, connect: float | None) -> Exception:
+        """Return the error for a request that was not answered."""
+        if isinstance(cause, ConnectTimeoutError):
+            return connect_timeout(url, connect)
+        if self.connector is not None and self.session.closed:
+            return mapped(ClientClosedError(), sent=False)
+        if isinstance(cause, UNSENDABLE) and not isinstance(cause, aiohttp.ClientError):
+            return InvalidRequestError(f"the request cannot be sent: {cause}")
+        return mapped(cause, sent=was_sent(cause))
 
     def _opened(self) -> float | None:
         """Seconds it took to open a connection for this task's request; `None` when one was reused."""
-        if self.connector is None or not self.connector.opened:
-            return None
-        return self.connector.opened.pop(asyncio.current_task(), None)
+        task = asyncio.current_task()
+        return None if self.connector is None or task is None else self.connector.opened.pop(task, None)
 
     def is_connecting(self, task: "asyncio.Task[Any] | None") -> bool:
         """Whether a task's request waits for its connection to open."""
         return self.connector is not None and task in self.connector.opening
 
-    def _proxy_for(self, url: str, proxy: str | Literal[False] | None) -> str | None:
-        if proxy is False:
-            return None
-        if proxy is not None:
-            return proxy
-        host = urlsplit(url).netloc
-        if host not in self._proxies:
-            self._proxies[host] = environment_proxy(url)
-        return self._proxies[host]
+    def _timeout(self, connect: float | None) -> aiohttp.ClientTimeout:
+        """Return aiohttp's form of a connect timeout, made once for each value in use."""
+        if len(self._timeouts) >= _KEPT:
+            self._timeouts.clear()  # somebody computes a new one for each call
+        timeout = self._timeouts[connect] = aiohttp.ClientTimeout(total=None, sock_connect=connect)
+        return timeout
+
+    def _environment_proxy(self, url: str) -> str | None:
+        if self.connector is None:
+            return None  # the caller's session has its own ways, perhaps a SOCKS connector
+        if len(self._proxies) >= _KEPT:
+            self._proxies.clear()  # somebody has a new query for each call
+        proxy = self._proxies[url] = environment_proxy(url, self._environment)
+        return proxy
 
     def stats(self) -> PoolStats:
         """The pool at this moment."""
-        waiting = self.slots.waiting + sum(slots.waiting for slots in self._host_slots.values())
-        if self.connector is None:
-            return PoolStats(open=self.slots.in_use, in_use=self.slots.in_use, waiting=waiting)
-        opened = self.connector.count_open()
         in_use = self.slots.in_use
+        waiting = self.slots.waiting + sum(slots.waiting for slots in list(self._host_slots.values()))
+        if self.connector is None:
+            return PoolStats(open=in_use, in_use=in_use, waiting=waiting)
+        opened = self.connector.count_open()
         return PoolStats(
             open=opened,
             in_use=in_use,
-            idle=max(0, opened - in_use),
+            idle=max(0, opened - max(0, in_use - len(self.connector.opening))),
             waiting=waiting,
             created=self.connector.created,
-            reused=max(0, self.requests - self.connector.created),
+            reused=self.reused,
         )
 
     async def close(self) -> None:
-        """Close what is ours. All connections are told to close before this awaits anything."""
-        if self._keeper is not None:
-            await self._keeper.aclose()
-        else:
-            self.deadlines.close()
+        """Close what is ours. All connections are told to close before this awaits anything.
+
+        Calls that are under way fail at once. On a session of the caller's they may finish.
+        """
+        if self._keeper is not None and self.connector is not None:
+            self.connector.give_up_opening()
+            await self._keeper.close()
 
     def close_from_outside(self) -> None:
         """Close a pool whose loop is not the running one: another thread's, or one that stands still."""
-        if self._keeper is None or self.closed or self.loop.is_closed():
+        if self._keeper is None or self.closed:
             return
         if self.loop.is_running():
             with contextlib.suppress(RuntimeError):  # it was closed in this very moment
-                asyncio.run_coroutine_threadsafe(self._keeper.aclose(), self.loop)
-            return
-        with contextlib.suppress(StopIteration, RuntimeError):
-            self._keeper.aclose().send(None)
+                self.loop.call_soon_threadsafe(self._close_soon)
+        else:
+            self._keeper.bury()
+
+    def _close_soon(self) -> None:
+        self._closing = self.loop.create_task(self.close())  # a task that nobody holds may be collected
 
     def disown(self) -> None:
         """In a forked child: touch nothing, since sockets and selector are the parent's, and warn of nothing."""
         if self.connector is not None:
             self.session.detach()
-            self.connector._conns.clear()
+            self._proxied.detach()
+            # Private, and there is no public way: a connector with idle connections closes them when it is collected.
+            getattr(self.connector, "_conns", {}).clear()
 
 
-async def _keep(session: aiohttp.ClientSession, deadlines: Deadlines) -> AsyncGenerator[None, None]:
-    """Close the session when the loop shuts down its async generators, or when the pool is collected."""
-    try:
-        yield
-    finally:
-        deadlines.close()
-        await session.close()
+def _checked(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
+    owner = getattr(session, "_loop", None)  # `session.loop` is deprecated
+    if isinstance(owner, asyncio.AbstractEventLoop) and owner is not loop:
+        raise ConfigurationError("the session passed as session= belongs to another event loop than the running one")
+    return session
 
 
-def _bury(session: aiohttp.ClientSession, connector: _Connector, loop: asyncio.AbstractEventLoop) -> None:
-    """Close what a loop left behind that ended without shutting down its async generators.
+def _authorized(headers: Mapping[str, str] | None, url: str, proxy: str) -> Mapping[str, str] | None:
+    """Add the proxy's user name and password to a request that a proxy reads itself, as it does without TLS.
 
-    Its transports cannot be closed by the loop any more, and would warn when they are collected.
+    aiohttp does so too, but 3.13 forgets it when a connection is used again.
     """
-    if session.closed or loop.is_running():
-        return
-    for transport in connector.transports():
-        inner: Any = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
-        for layer in (transport, inner):
-            with contextlib.suppress(Exception):
-                layer.abort()
-        for layer in (inner, transport):
-            with contextlib.suppress(Exception):
-                layer._call_connection_lost(None)
-    closing = session.close()
-    with contextlib.suppress(StopIteration, RuntimeError):
-        closing.send(None)
-    closing.close()
+    if not url.startswith("http://") or "@" not in proxy:
+        return headers
+    parts = urlsplit(proxy)
+    login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode("latin1", "replace")
+    return {**(headers or {}), "Proxy-Authorization": Secret(f"Basic {base64.b64encode(login).decode()}")}
 
 
 class SessionManager:
@@ -451,7 +418,7 @@ class SessionManager:
         self.session = session
         self.closed = False
         self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
-        self._past = PoolStats()  # of pools whose loop is gone
+        self._past = PoolStats()  # of pools that are gone
         self._lock = threading.Lock()
         _managers.add(self)
 
@@ -464,7 +431,7 @@ class SessionManager:
         """Return the running loop's pool.
 
         Raises:
-            ConfigurationError: the client was closed.
+            ConfigurationError: the client was closed, or its session belongs to another loop.
         """
         if self.closed:
             self.check_open()
@@ -476,13 +443,15 @@ class SessionManager:
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Pool:
         with self._lock:
-            for other in [other for other, pool in self._pools.items() if other.is_closed() or other is loop]:
-                past = self._pools.pop(other).stats()
-                self._past = PoolStats(
-                    created=self._past.created + past.created, reused=self._past.reused + past.reused
-                )
+            self.check_open()
+            for other in [other for other in self._pools if other.is_closed() or other is loop]:
+                self._remember(self._pools.pop(other))
             pool = self._pools[loop] = Pool(self, loop)
         return pool
+
+    def _remember(self, pool: Pool) -> None:
+        past = pool.stats()
+        self._past = PoolStats(created=self._past.created + past.created, reused=self._past.reused + past.reused)
 
     def stats(self) -> PoolStats:
         """The sum over all loops."""
@@ -491,8 +460,11 @@ class SessionManager:
 
     async def close(self) -> None:
         """Close every pool. Doing so twice is fine."""
-        self.closed = True
-        pools, self._pools = self._pools, {}
+        with self._lock:
+            self.closed = True
+            pools, self._pools = self._pools, {}
+            for pool in pools.values():
+                self._remember(pool)
         running = pools.pop(asyncio.get_running_loop(), None)
         for pool in pools.values():
             pool.close_from_outside()
@@ -519,115 +491,3 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def environment_proxy(url: str, getproxies: Callable[[], dict[str, str]] = urllib.request.getproxies) -> str | None:
-    """Return the proxy that the environment names for a URL, or `None`.
-
-    Loopback addresses take none, as in Go's `ProxyFromEnvironment`: a proxy elsewhere could not reach them.
-
-    Raises:
-        ConfigurationError: it is a SOCKS proxy.
-    """
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if is_loopback(url) or urllib.request.proxy_bypass(f"{host}:{parts.port}" if parts.port else host):
-        return None
-    proxies = getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    return None if not proxy else checked_proxy(proxy if "://" in proxy else f"http://{proxy}")
-
-
-def checked_proxy(proxy: str) -> str:
-    """Return a proxy's URL, or raise `ConfigurationError` when it is not one that can be used."""
-    try:
-        parts = urlsplit(proxy)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if usable:
-        return proxy
-    if proxy.lower().startswith("socks"):
-        raise ConfigurationError(
-            "SOCKS proxies need the package aiohttp-socks: pass "
-            "session=aiohttp.ClientSession(connector=aiohttp_socks.ProxyConnector.from_url(...)); "
-            "proxy=False ignores the environment's proxy"
-        )
-    raise ConfigurationError("proxy must be an http:// or https:// URL, None for the environment's, or False for none")
-
-
-def _was_sent(cause: BaseException) -> bool:
-    """Whether the request had left when this was raised. What fails to connect did not send."""
-    return not isinstance(
-        cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.ClientHttpProxyError
-    )
-
-
-def _harmless(cause: BaseException) -> BaseException:
-    """Return a cause without what shows the request's headers."""
-    if not isinstance(cause, aiohttp.ClientResponseError):
-        return cause
-    if cause.__cause__ is not None:
-        return cause.__cause__
-    return aiohttp.ClientConnectionError(f"{type(cause).__name__}: {cause.status} {cause.message}")
-
-
-def _errno(cause: BaseException | None) -> int | None:
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return cause.errno
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
-def mapped(cause: BaseException, *, sent: bool) -> APIError | ConfigurationError:
-    """Return the error of our tree for what aiohttp raised."""
-    if isinstance(cause, RuntimeError) and "Session is closed" in str(cause):
-        return ConfigurationError("the session is closed: keep it open as long as its client is used")
-    if isinstance(cause, aiohttp.InvalidURL):
-        return ConfigurationError(f"not a URL: {cause}")
-    if _errno(cause) in (errno.EMFILE, errno.ENFILE):
-        return APIConnectionError(
-            "out of file descriptors",
-            hint="raise the limit (ulimit -n), or lower Limits.max_connections",
-            retryable="unconfirmed" if sent else "yes",
-        )
-    reason = _reason(cause)
-    if isinstance(cause, aiohttp.ClientConnectorCertificateError):
-        return APIConnectionError(
-            f"the certificate of {cause.host}:{cause.port} does not verify: {reason}",
-            hint="pass the authority's certificate in ssl=ssl.create_default_context(cafile=...)",
-        )
-    if isinstance(cause, aiohttp.ConnectionTimeoutError):
-        return APITimeoutError(f"could not connect in time: {reason}", phase="connect", retryable="yes")
-    if isinstance(cause, aiohttp.ClientProxyConnectionError):
-        return APIConnectionError(
-            f"could not connect to the proxy {cause.host}:{cause.port}: {reason}",
-            hint="check HTTPS_PROXY, or pass proxy=False",
-            retryable="yes",
-        )
-    if isinstance(cause, aiohttp.ClientHttpProxyError):
-        return APIConnectionError(
-            f"the proxy refused with status {cause.status}: {reason}",
-            hint="check the proxy's user name and password" if cause.status == 407 else None,
-            retryable="never" if cause.status in (403, 407) else "yes",
-        )
-    if isinstance(cause, aiohttp.ClientConnectorDNSError):
-        return APIConnectionError(
-            f"the host {cause.host} has no address: {reason}", hint="check base_url", retryable="yes"
-        )
-    if isinstance(cause, aiohttp.ClientConnectorError):
-        return APIConnectionError(f"could not connect to {cause.host}:{cause.port}: {reason}", retryable="yes")
-    if isinstance(cause, aiohttp.ClientResponseError | HttpProcessingError | ValueError):
-        return InvalidResponseError(f"the server's answer is not HTTP: {reason}", retryable="unconfirmed")
-    return APIConnectionError(f"the connection broke: {reason}", retryable="unconfirmed" if sent else "yes")
-
-
-def _reason(cause: BaseException) -> str:
-    """One line that says what happened; aiohttp's connector errors hide it in `os_error`."""
-    if isinstance(cause, aiohttp.ClientConnectorCertificateError):
-        cause = cause.certificate_error
-    elif isinstance(cause, aiohttp.ClientConnectorError):
-        cause = cause.os_error
-    text = getattr(cause, "strerror", None) or getattr(cause, "message", None) or str(cause)
-    return " ".join(str(text).split())[:300] or type(cause).__name__

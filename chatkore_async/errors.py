@@ -32,6 +32,7 @@ mistake as a 500 and an empty purse as a 401. `ConfigurationError` and `InvalidR
 `ValueError`s, `APITimeoutError` is also a `TimeoutError`, and `StreamStalledError` is also an `APITimeoutError`.
 """
 
+import re
 from typing import Any, Literal
 
 from ._meta import Attempt, CallMeta, MetaSource
@@ -63,6 +64,8 @@ __all__ = [
     "StreamStalledError",
     "UnprocessableEntityError",
 ]
+
+_LABEL = re.compile(r"[\w.-]{1,64}")
 
 Phase = Literal["queue", "pool", "connect", "answer", "first_token", "idle", "total"]
 
@@ -155,7 +158,7 @@ class APIError(ChatKoreError):
         line = self._headline()
         if self.hint:
             line = f"{line.rstrip('.')}. Hint: {self.hint.rstrip('.')}"
-        about = []
+        about: list[str] = []
         if self.request_id:
             about.append(f"request id: {self.request_id}")
         if self.attempts:
@@ -217,8 +220,11 @@ class APIStatusError(APIError):
         self.retry_after = retry_after
 
     def _headline(self) -> str:
-        label = self.code if self.code and self.code != str(self.status_code) else self.type
-        return f"{self.status_code}{f' {label}' if label else ''}: {self.message}"
+        for label in (self.code, self.type):
+            # The status again says nothing new; a URL (RFC 9457) or a sentence is no label.
+            if label and label != str(self.status_code) and _LABEL.fullmatch(label):
+                return f"{self.status_code} {label}: {self.message}"
+        return f"{self.status_code}: {self.message}"
 
 
 class BadRequestError(APIStatusError):

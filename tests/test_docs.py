@@ -1,0 +1,217 @@
+"""The README and the manual: what they show runs, prints what they say, and leads where they say."""
+
+import ast
+import asyncio
+import inspect
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+import chatkore_async
+import chatkore_async.testing
+import chatkore_async.types
+from chatkore_async import AsyncChatKore
+from chatkore_async.testing import ChatKoreServer
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)]
+OUTPUT = "<!-- output -->"
+NOT_RUN = re.compile(r"<!-- not run:(.*)-->")
+COMMANDS = [
+    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[cli]' && .venv/bin/chatkore demo",
+    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/python -m pytest",
+]
+
+
+class Block(NamedTuple):
+    """A program of a page: where it stands, its text, what it is said to print, and why it is not run."""
+
+    page: Path
+    line: int
+    code: str
+    output: str | None
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def tokens(page: Path) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    found = [token for token in tokens(page) if token.type in ("fence", "html_block", "paragraph_open", "heading_open")]
+    for number, token in enumerate(found):
+        if token.type != "fence" or token.info.strip() != "python":
+            continue
+        before = found[number - 1] if number else None
+        opted_out = NOT_RUN.search(before.content) if before is not None and before.type == "html_block" else None
+        assert token.map is not None
+        yield Block(
+            page,
+            token.map[0] + 1,
+            token.content,
+            next(shown_after(found[number + 1 :]), None),
+            opted_out and opted_out[1].strip(),
+        )
+
+
+def shown_after(following: list[Token]) -> Iterator[str]:
+    """The marked output of a block, if there is one before the next block."""
+    for number, token in enumerate(following):
+        if token.type == "fence":
+            return
+        if token.type == "html_block" and token.content.strip() == OUTPUT:
+            shown = following[number + 1]
+            assert shown.type == "fence", f"{OUTPUT} is not followed by a block"
+            assert shown.info.strip() == "text", f"{OUTPUT} is not followed by a block of text"
+            yield shown.content
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+@contextmanager
+def in_a_thread(server: ChatKoreServer) -> Iterator[ChatKoreServer]:
+    """Run a server on a loop of its own, so that a program may do with its loop what it likes."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result(timeout=10)
+        yield server
+        asyncio.run_coroutine_threadsafe(server.close(), loop).result(timeout=10)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture
+def relay(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatKoreServer]:
+    """A running server, which the environment names."""
+    with in_a_thread(ChatKoreServer()) as server:
+        monkeypatch.setenv("CHATKORE_BASE_URL", server.base_url)
+        monkeypatch.setenv("CHATKORE_API_KEY", "sk-docs")
+        yield server
+
+
+def run(code: str, name: str) -> None:
+    """Run a program, or the inside of a coroutine that has a `client`."""
+    compiled = compile(code, name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    if not compiled.co_flags & inspect.CO_COROUTINE:
+        exec(compiled, names)
+        return
+
+    async def within() -> None:
+        async with AsyncChatKore() as client:
+            names["client"] = client
+            await eval(compiled, names)
+
+    asyncio.run(within())
+
+
+def run_as_tests(code: str, place: Path) -> None:
+    """Run a program that is a test suite, as a user of pytest does."""
+    (place / "conftest.py").write_text('pytest_plugins = ["chatkore_async.testing.fixtures"]\n')
+    (place / "test_page.py").write_text(code)
+    options = ["-q", "-W", "error", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function"]
+    command = [sys.executable, "-m", "pytest", *options, str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def steadied(text: str) -> list[str]:
+    """Lines without what differs from run to run: seconds, and the port of a server."""
+    text = re.sub(r"\d+\.\d+ s\b", "# s", text)
+    return [re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:#", line).rstrip() for line in text.strip().splitlines()]
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.reason is None], ids=str)
+@pytest.mark.usefixtures("relay")
+def test_a_program_of_the_manual_runs(block: Block, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What a reader copies works, without a warning, and prints what the page says it prints."""
+    if re.search(r"^(async )?def test_", block.code, re.MULTILINE):
+        run_as_tests(block.code, tmp_path)
+        return
+    run(block.code, str(block))
+    if block.output is not None:
+        assert steadied(capsys.readouterr().out) == steadied(block.output)
+
+
+def test_a_program_that_is_not_run_has_a_reason() -> None:
+    """Who leaves a program out says why, where the reader of the source sees it."""
+    assert all(block.reason or block.reason is None for block in BLOCKS)
+    assert sum(block.reason is not None for block in BLOCKS) < len(BLOCKS) / 10
+
+
+def test_every_output_belongs_to_a_program() -> None:
+    """No output stands on a page that no program has printed."""
+    for page in PAGES:
+        marked = page.read_text(encoding="utf-8").splitlines().count(OUTPUT)
+        assert marked == sum(block.output is not None for block in blocks(page)), page.name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readme_has_the_command(command: str) -> None:
+    """A newcomer copies one line to see it work and one line to test it; both stand in blocks of their own."""
+    fences = [token.content.strip() for token in tokens(ROOT / "README.md") if token.type == "fence"]
+    assert command in fences
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    every = tokens(page)
+    titles = [after.content for token, after in pairwise(every) if token.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_link_leads_somewhere(page: Path) -> None:
+    """A link within the repository names a file that exists, and a heading that the file has."""
+    for token in tokens(page):
+        for link in token.children or ():
+            target = str(link.attrGet("href" if link.type == "link_open" else "src") or "")
+            if not target or re.match(r"[a-z]+:", target):
+                continue
+            path, _, anchor = unquote(target).partition("#")
+            place = (page.parent / path).resolve() if path else page
+            assert place.exists(), target
+            assert place.is_relative_to(ROOT), target
+            assert not anchor or anchor in anchors(place), target
+
+
+def test_the_architecture_page_draws_the_house_as_it_is() -> None:
+    """Every module has its floor on the page, and imports from the floors below; the lowest one is shared."""
+    page = (ROOT / "docs/explanation/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", page, re.MULTILINE)
+    floors = {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+    package = Path(chatkore_async.__file__).parent
+    assert {path.stem for path in package.glob("*.py")} == floors.keys()
+    assert [path.parent.name for path in package.glob("*/__init__.py") if f"`{path.parent.name}`" not in page] == []
+    for room, floor in floors.items():
+        text = (package / f"{room}.py").read_text(encoding="utf-8")
+        names = re.findall(r"^from \. import (.+)$", text, re.MULTILINE)
+        below = {*re.findall(r"^from \.(\w+) import", text, re.MULTILINE), *", ".join(names).split(", ")} - {""}
+        assert [other for other in below if floors[other] >= floor > 1] == [], room
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """What can be imported from the package can be looked up."""
+    reference = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/reference/*.md"))
+    for module in (chatkore_async, chatkore_async.types, chatkore_async.errors, chatkore_async.testing):
+        missing = [name for name in module.__all__ if not re.search(rf"\b{name}\b", reference)]
+        assert [name for name in missing if not name.startswith("__")] == []
