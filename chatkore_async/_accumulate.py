@@ -304,7 +304,7 @@ class _ToolCalls:
         if goes_on or not call.is_whole():
             return False
         if arguments:
-            return in_one_delta or not call.repeats(arguments)
+            return in_one_delta or not (call.repeats(arguments) or (piece.id and call.is_empty()))
         return piece.index is None and not piece.id
 
     def calls(self) -> list[ToolCall]:
@@ -353,11 +353,15 @@ class _CallSoFar:
             self.name = name if name.startswith(self.name) else self.name + name
         if not arguments or self.repeats(arguments):
             return
-        if self._size == 2 and arguments.startswith("{") and not self._custom and _joined(self._arguments) == "{}":
-            self._arguments.clear()  # `{}` stood for arguments that were to come, as in Claude's `input`
+        if arguments.startswith("{") and self.is_empty():
+            self._arguments.clear()
             self._size = 0
         self._arguments.append(arguments)
         self._size += len(arguments)
+
+    def is_empty(self) -> bool:
+        """Whether the arguments are `{}`, which may stand for those to come, as in the first event of Claude's."""
+        return self._size == 2 and not self._custom and _joined(self._arguments) == "{}"
 
     def is_whole(self) -> bool:
         """Whether the arguments so far are a JSON object, which nothing can go on with."""

@@ -170,7 +170,7 @@ class Call:
     async def run(self, receive: Callable[[Exchange], Awaitable[T]]) -> T:
         """Make attempts until one succeeds or none is left, and return what `receive` made of its answer.
 
-        The deadline stays set, since a stream has it to its end; whoever calls this calls `end` once.
+        When this returns, the call is not over: a stream goes on under its deadline. Whoever called calls `end`.
 
         Raises:
             APIError: the last attempt's, with the call's metadata.
@@ -191,13 +191,20 @@ class Call:
                 return await self._retry(error, receive)
         except APIError as error:
             error._meta = notes
+            self.end("error", error)
             raise
         except asyncio.CancelledError as cancelled:
             # The deadline passed between two attempts.
             if self._was_ours():
                 timeout = self.timeout_error()
                 timeout._meta = notes
+                self.end("error", timeout)
                 raise timeout from cancelled
+            self.end("cancelled")
+            raise
+        except BaseException as error:
+            # The caller's own: an interrupt, or what a key callable raised.
+            self.end("error" if isinstance(error, Exception) else "cancelled", error)
             raise
 
     async def _retry(self, error: APIError, receive: Callable[[Exchange], Awaitable[T]]) -> T:
@@ -224,11 +231,16 @@ class Call:
             self._phase = "answer"
         exchange: Exchange | None = None
         try:
-            headers, secret = await self._headers()
+            settings = self.settings
+            headers, secret = self.outgoing.headers, settings.endpoint.key
+            if settings.hooks or settings.endpoint.headers is not pool.headers or not isinstance(secret, Secret):
+                headers, secret = await self._headers()
             notes.secret = secret
             if self.settings.limiter is not None:
                 await self._ask(self.settings.limiter)
-            host_place = await self._take_place()
+            host_place = None
+            if pool.limits_hosts or not pool.slots.take():
+                host_place = await self._take_place()
             now = notes.sent = loop.time()
             self._phase = "answer"
             if self.outgoing.stream:
@@ -264,6 +276,10 @@ class Call:
                 self._note_failure(timeout)
                 raise timeout from error
             self._note_failure(error)
+            if error.message != (message := masked(error.message, notes.secret)):
+                # Not even HTTP, and yet an echo of the key: then what aiohttp raised shows it, too.
+                error.message, error.__cause__, error.__context__ = message, None, None
+                error.args = (message,)
             raise
         except asyncio.CancelledError as cancelled:
             if self._was_ours():
@@ -286,7 +302,8 @@ class Call:
             secret = endpoint.key
         else:
             secret = await _ask_for_key(endpoint.key)
-            headers = {**(headers or {}), "Authorization": Secret(f"Bearer {secret}")}
+            if not any(name.lower() == "authorization" for name in endpoint.headers_of_caller):
+                headers = {**(headers or {}), "Authorization": Secret(f"Bearer {secret}")}
         if extra:
             headers = {**(headers or {}), **extra}
         if self.settings.hooks:
@@ -487,14 +504,7 @@ class Call:
                 attempt.elapsed,
             )
 
-    def end_with(self, error: BaseException) -> None:
-        """Close the books over an exception: an error, or else a cancellation, an interrupt, an exit."""
-        if isinstance(error, Exception):
-            self.end("error", error)
-        else:
-            self.end("cancelled")
-
-    def end(self, outcome: Outcome, error: Exception | None = None, usage: Usage | None = None) -> None:
+    def end(self, outcome: Outcome, error: BaseException | None = None, usage: Usage | None = None) -> None:
         """Close the books: the call is over. Doing so twice is fine."""
         notes = self.notes
         if notes.ended is not None:
@@ -510,19 +520,9 @@ class Call:
         if not notes.failed:
             self._log(None, outcome)
         if self.settings.hooks:
-            event = _hooks.CallEnd(call_id=self.id, outcome=outcome, error=error, meta=notes.meta())
+            raised = error if isinstance(error, Exception) else None
+            event = _hooks.CallEnd(call_id=self.id, outcome=outcome, error=raised, meta=notes.meta())
             _hooks.notify(self.settings.hooks, "on_call_end", event)
-
-
-async def awaited(call: Call, receive: Callable[[Exchange], Awaitable[T]], usage: Callable[[T], Usage | None]) -> T:
-    """Run a call to its end and return its result."""
-    try:
-        result = await call.run(receive)
-    except BaseException as error:
-        call.end_with(error)
-        raise
-    call.end("ok", usage=usage(result))
-    return result
 
 
 async def _ask_for_key(source: Callable[[], str | Awaitable[str]]) -> Secret:

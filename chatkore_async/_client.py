@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from . import _codec
-from ._call import Call, awaited
+from ._call import Call
 from ._classify import MAX_BODY
 from ._config import (
     KeySource,
@@ -103,6 +103,7 @@ class AsyncChatKore:
             ssl=ssl if ssl is None else _checked(ssl, _ssl.SSLContext, "ssl"),
         )
         manager = SessionManager(_checked(limits, Limits, "limits"), settings.endpoint.headers, settings.ssl, session)
+        _warn_of_plain_http(settings.endpoint.base_url)
         self._set_up(settings, manager, Bucket(settings.policy.budget), owner=True)
 
     def _set_up(self, settings: Settings, manager: SessionManager, bucket: Bucket, *, owner: bool) -> None:
@@ -112,9 +113,6 @@ class AsyncChatKore:
         self._owner = owner
         self.chat = Chat(self)
         self.models = Models(self)
-        base_url = settings.endpoint.base_url
-        if base_url.startswith("http://") and not is_loopback(base_url):
-            logger.warning("%s is not encrypted: the API key can be read on the way", base_url)
 
     def __repr__(self) -> str:
         if not hasattr(self, "_manager"):
@@ -177,7 +175,7 @@ class AsyncChatKore:
         proxy: str | Literal[False] | None | UnsetType = UNSET,
         ssl: _ssl.SSLContext | None | UnsetType = UNSET,
     ) -> "AsyncChatKore":
-        """Return a light copy with other settings, which shares the pool and the retry budget.
+        """Return a light copy with other settings, which shares the pool and, unless `retry` brings one, the budget.
 
         `default_headers` are merged over those there are; everything else takes the place of what there is.
 
@@ -216,7 +214,11 @@ class AsyncChatKore:
         if not isinstance(ssl, UnsetType):
             changes["ssl"] = ssl if ssl is None else _checked(ssl, _ssl.SSLContext, "ssl")
         copy = object.__new__(type(self))
-        copy._set_up(msgspec.structs.replace(old, **changes), self._manager, self._bucket, owner=False)
+        new = msgspec.structs.replace(old, **changes)
+        if new.endpoint.base_url != old.endpoint.base_url:
+            _warn_of_plain_http(new.endpoint.base_url)
+        bucket = self._bucket if new.policy.budget == old.policy.budget else Bucket(new.policy.budget)
+        copy._set_up(new, self._manager, bucket, owner=False)
         return copy
 
     def _call(self, settings: Settings, outgoing: Outgoing) -> Call:
@@ -281,7 +283,8 @@ class Completions:
             healthy = exchange.status == 200
             return read_completion(call.head, await exchange.read(limit if healthy else MAX_BODY, cut=not healthy))
 
-        completion = await awaited(call, receive, _usage_of)
+        completion = await call.run(receive)
+        call.end("ok", usage=completion.usage)
         completion._meta = call.notes
         return completion
 
@@ -316,15 +319,15 @@ class Completions:
         """Return the call's settings, its encoded request, and whether we asked for usage in the caller's place."""
         options = {name: params.pop(name) for name in OPTION_NAMES & params.keys()}
         fields = _fields(request, params)
-        extra_body = options.get("extra_body")
+        extra_body: Any = options.get("extra_body")
         adds_usage = (
             stream
             and fields.get("stream_options", UNSET) is UNSET
             and "stream_options" not in params
-            and not (isinstance(extra_body, Mapping) and "stream_options" in extra_body)
+            and not (isinstance(options.get("extra_body"), Mapping) and "stream_options" in extra_body)
         )
         if adds_usage:
-            fields = {**fields, "stream_options": {"include_usage": True}}
+            fields["stream_options"] = {"include_usage": True}
         body = _codec.encode_request(fields, stream=stream, extra_body=extra_body)
         settings = self._client._settings
         outgoing = Outgoing(
@@ -368,14 +371,12 @@ class Models:
             limit = client._manager.limits.max_body_size if healthy else MAX_BODY
             return read_models(call.head, await exchange.read(limit, cut=not healthy))
 
-        return await awaited(call, receive, lambda _: None)
+        models = await call.run(receive)
+        call.end("ok")
+        return models
 
 
-def _usage_of(completion: ChatCompletion) -> Any:
-    return completion.usage
-
-
-def _fields(request: ChatCompletionRequest | None, params: dict[str, Any]) -> dict[str, Any]:
+def _fields(request: object, params: dict[str, Any]) -> dict[str, Any]:
     if request is not None:
         if not isinstance(request, ChatCompletionRequest):
             raise TypeError(f"the positional argument is a ChatCompletionRequest, not {type(request).__name__}")
@@ -406,6 +407,11 @@ def _extra_headers(extra: Mapping[str, str] | None, base: Mapping[str, str] | No
         return merge_headers(base or {}, extra)
     except ConfigurationError as error:
         raise InvalidRequestError(str(error), path="$.extra_headers") from error
+
+
+def _warn_of_plain_http(base_url: str) -> None:
+    if base_url.startswith("http://") and not is_loopback(base_url):
+        logger.warning("%s is not encrypted: the API key can be read on the way", base_url)
 
 
 def _checked(value: Any, kind: type[Any], name: str) -> Any:

@@ -239,16 +239,18 @@ def _find_fault(body: object, why_not: Callable[[object], str | None]) -> tuple[
             if reason := why_not(value):
                 return _shown(path), reason
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, dict | Mapping):
             for key in cast("Mapping[object, object]", value):
-                if reason := why_not({key: None}):
+                if not _is_ascii(key) and (reason := why_not({key: None})):
                     return _shown((*path, str(key))), reason
-        todo += [(item, (*path, key)) for key, item in reversed(items)]
+        todo += [(item, (*path, key)) for key, item in reversed(items) if not _is_ascii(item)]
     return None
 
 
 def _items(value: object) -> list[tuple[str | int, object]] | None:
     """What is in `value`, by key, by index or by attribute; `None` when nothing can be."""
+    if value is None or isinstance(value, str | int | float | bytes | bytearray | memoryview):
+        return None
     if isinstance(value, dict | Mapping):
         return [(str(key), item) for key, item in cast("Mapping[object, object]", value).items()]
     if isinstance(value, msgspec.Struct):
@@ -256,9 +258,14 @@ def _items(value: object) -> list[tuple[str | int, object]] | None:
         return [(name, item) for name, item in fields if item is not UNSET]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    if not isinstance(value, str | bytes | bytearray | memoryview) and isinstance(value, Collection):
+    if isinstance(value, Collection):
         return list(enumerate(cast("Collection[object]", value)))
     return None
+
+
+def _is_ascii(value: object) -> bool:
+    """Nearly all of a request is plain text, which is never at fault."""
+    return isinstance(value, str) and value.isascii()
 
 
 def _not_finite(value: object) -> str | None:

@@ -66,7 +66,8 @@ class Connector(aiohttp.TCPConnector):
 
     def __init__(self, deadlines: Deadlines, **options: Any) -> None:
         super().__init__(**options)  # pyright: ignore[reportUnknownMemberType]
-        self._deadlines = deadlines
+        # Weak, as in `_keep`: a deadline leads to its call and so to its pool, which could not be collected.
+        self._deadlines = weakref.ref(deadlines)
         self.created = 0
         self.opening: dict[asyncio.Task[Any], _Opening] = {}
         self.opened: dict[asyncio.Task[Any], float] = {}  # seconds it took, until the request asks
@@ -90,7 +91,7 @@ class Connector(aiohttp.TCPConnector):
         task = asyncio.current_task()
         assert task is not None
         opening = _Opening(task, asyncio.get_running_loop())
-        limit = timeout.sock_connect
+        limit, deadlines = timeout.sock_connect, self._deadlines()
         deadline = None
 
         def expire(turns: int = _GRACE_TURNS) -> None:
@@ -103,8 +104,8 @@ class Connector(aiohttp.TCPConnector):
             else:
                 opening.give_up(ConnectTimeoutError(f"no connection after {limit:g} s"))
 
-        if limit is not None:
-            deadline = self._deadlines.set(opening.began + limit, expire)
+        if limit is not None and deadlines is not None:
+            deadline = deadlines.set(opening.began + limit, expire)
         self.opening[task] = opening
         try:
             protocol = await super()._create_connection(req, traces, NO_TIMEOUT)
@@ -117,8 +118,8 @@ class Connector(aiohttp.TCPConnector):
             raise
         finally:
             del self.opening[task]
-            if deadline is not None:
-                self._deadlines.cancel(deadline)
+            if deadline is not None and deadlines is not None:
+                deadlines.cancel(deadline)
         self.created += 1
         self.opened[task] = opening.loop.time() - opening.began
         self._protocols.add(weakref.ref(protocol, self._protocols.discard))
@@ -150,7 +151,7 @@ class Keeper:
         self._connector = connector
         self._responses = responses
         self._loop = loop
-        self._generator = _keep(sessions, deadlines, responses)
+        self._generator = _keep(sessions, weakref.ref(deadlines), responses)
         # Started by hand, since nothing in it suspends: from now on the loop knows it, and closes the sessions when it
         # shuts its async generators down.
         hooks = sys.get_asyncgen_hooks()
@@ -179,13 +180,16 @@ class Keeper:
 
 
 async def _keep(
-    sessions: tuple[aiohttp.ClientSession, ...], deadlines: Deadlines, responses: set[aiohttp.ClientResponse]
+    sessions: tuple[aiohttp.ClientSession, ...],
+    timers: weakref.ref[Deadlines],
+    responses: set[aiohttp.ClientResponse],
 ) -> AsyncGenerator[None, None]:
     """Close the sessions when the loop shuts down its async generators, or when the pool is collected."""
     try:
         yield
     finally:
-        if not len(deadlines):
+        deadlines = timers()
+        if deadlines is not None and not len(deadlines):
             deadlines.close()
         for response in list(responses):
             close(response, ClientClosedError("the client was closed"))

@@ -155,7 +155,6 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 return
             self._ended = True
             self._failure = error if isinstance(error, Exception) else None
-            call.end_with(error)
             raise
         finally:
             self._busy = False

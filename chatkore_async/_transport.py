@@ -176,6 +176,7 @@ class Pool:
         self.reused = 0
         self.never_ending: set[str] = set()  # hosts that keep a stream open after its end
         self._per_host = limits.max_connections_per_host
+        self.limits_hosts = self._per_host is not None
         self._host_slots: dict[tuple[str, str], Slots] = {}
         self._timeouts: dict[float | None, aiohttp.ClientTimeout] = {}
         self._proxies: dict[str, str | None] = {}  # by URL
@@ -445,7 +446,10 @@ class SessionManager:
         with self._lock:
             self.check_open()
             for other in [other for other in self._pools if other.is_closed() or other is loop]:
-                self._remember(self._pools.pop(other))
+                past = self._pools.pop(other)
+                self._remember(past)
+                if other is not loop:
+                    past.close_from_outside()
             pool = self._pools[loop] = Pool(self, loop)
         return pool
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatkore_async import _codec
@@ -102,6 +102,7 @@ def test_texts_are_joined(field: str, pieces: list[str | None], expected: str | 
     assert getattr(completion.choices[0].message, field) == expected
 
 
+@settings(deadline=None)
 @given(st.text(), st.lists(st.integers(0, 50), max_size=6))
 def test_any_split_of_a_text_is_the_same_completion(text: str, cuts: list[int]) -> None:
     """Where a server cuts a text does not show."""
@@ -110,6 +111,7 @@ def test_any_split_of_a_text_is_the_same_completion(text: str, cuts: list[int]) 
     assert merged(*(delta(content=each) for each in pieces)) == merged(delta(content=text))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_interleaving_of_choices_is_the_same_completion(data: st.DataObject) -> None:
     """With `n > 1` the choices come in turns; each is merged for itself, and they are sorted (C8)."""
@@ -125,6 +127,7 @@ def test_any_interleaving_of_choices_is_the_same_completion(data: st.DataObject)
     assert [choice.message.content for choice in completion.choices] == ["".join(said[i]) for i in sorted(said)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=3), max_size=10), st.sets(st.integers(0, 10)))
 def test_looking_on_the_way_changes_nothing(texts: list[str], looks: set[int]) -> None:
     """A snapshot is what came so far; it is not changed by what comes later, and changes nothing itself."""
@@ -286,6 +289,10 @@ FORMS: dict[str, tuple[list[list[JSON]], list[tuple[str, str, str]]]] = {
     ),
     "an empty object before the arguments": (
         [[piece(0, "a", "get_weather", "{}")], [piece(0, arguments='{"city": ')], [piece(0, arguments='"Rome"}')]],
+        ONE,
+    ),
+    "an empty object before the arguments, id and name repeated": (
+        [[piece(0, "a", "get_weather", "{}")], [piece(0, "a", "get_weather", '{"city": "Rome"}')]],
         ONE,
     ),
     "without index": (
@@ -555,6 +562,7 @@ _PIECES = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(_PIECES, max_size=3), max_size=6))
 def test_no_arguments_are_lost_whatever_the_pieces(deltas: list[list[JSON]]) -> None:
     """Every piece of arguments is in some call, whole; pieces that say nothing make nothing up."""

@@ -16,7 +16,8 @@ FLOORS = [
     ["_config", "_tolerant", "_sse", "_hooks", "_limiter"],
     ["_codec", "_classify", "_options", "_accumulate"],
     ["_protocol"],
-    ["_retry", "_slots", "_deadlines"],
+    ["_retry", "_slots", "_deadlines", "_proxies", "_foreign"],
+    ["_connector"],
     ["_transport"],
     ["_call"],
     ["_events"],
@@ -81,7 +82,7 @@ def test_every_floor_names_rooms_that_exist() -> None:
 @pytest.mark.parametrize(
     "library,rooms",
     [
-        ("aiohttp", {"_transport", "testing", "integrations/aiohttp_web"}),
+        ("aiohttp", {"_foreign", "_connector", "_transport", "testing", "integrations/aiohttp_web"}),
         ("tenacity", {"_retry"}),
     ],
 )

@@ -256,6 +256,19 @@ class TestRun:
         if isinstance(ended.value, SystemExit):
             assert ended.value.code == 143
 
+    def test_a_pipeline_that_ends_is_interrupted_too(self) -> None:
+        """When Ctrl-C has ended the reader of our output as well, it was still Ctrl-C."""
+
+        async def main() -> int:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.Event().wait()
+            finally:
+                raise BrokenPipeError
+
+        with pytest.raises(KeyboardInterrupt):
+            run(main)
+
     def test_a_signal_at_the_last_moment_counts(self) -> None:
         """Who pressed Ctrl-C is told so, though all was done."""
 

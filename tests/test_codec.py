@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatkore_async import _codec
@@ -354,6 +354,7 @@ _JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["id", "created", "model", "choices", "usage", "error", "x_groq"]), _JSON))
 def test_any_object_is_decoded(whole: JSON) -> None:
     """Every JSON object is some completion and some chunk, and strict decoding never says otherwise than tolerant."""
@@ -369,6 +370,7 @@ def test_any_object_is_decoded(whole: JSON) -> None:
     assert (strict.id, strict.created, strict.model) == (chunk.id, chunk.created, chunk.model)
 
 
+@settings(deadline=None)
 @given(st.one_of(st.binary(max_size=60), st.text(alphabet='{}[]",:0\\udtrn', max_size=60).map(str.encode)))
 def test_any_bytes_are_decoded_or_refused(body: bytes) -> None:
     """Garbage raises our error and no other."""

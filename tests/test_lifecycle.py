@@ -9,12 +9,13 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import aiohttp
 import pytest
 
-from chatkore_async import AsyncChatKore, ConfigurationError, Limits, StreamInterruptedError, Timeout
+from chatkore_async import AsyncChatKore, ConfigurationError, Limits, PoolStats, StreamInterruptedError, Timeout
 from chatkore_async.testing import ChatKoreServer, Hold, Stall, completion, raw, stream
 
 ASK = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -83,12 +84,13 @@ async def all_closed(server: ChatKoreServer) -> None:
 def test_making_a_client_needs_no_loop_and_does_no_io() -> None:
     """A client may live in a module: making one opens no socket, starts no thread and asks for no event loop."""
     threads = threading.active_count()
-    descriptors = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    here = Path("/proc/self/fd")
+    descriptors = {each.name for each in here.iterdir()} if here.is_dir() else set()
     client = AsyncChatKore(api_key="k", base_url="http://127.0.0.1:9/v1")
     assert "open 0/1000 idle 0" in repr(client)
     assert not client.closed
     assert threading.active_count() == threads
-    assert not descriptors or set(os.listdir("/proc/self/fd")) == descriptors
+    assert not descriptors or {each.name for each in here.iterdir()} == descriptors
 
 
 def test_a_module_level_client_serves_one_loop_after_the_other() -> None:
@@ -147,7 +149,7 @@ def test_the_pool_can_be_looked_at_from_another_thread() -> None:
                 assert client.pool.open >= 0
                 assert repr(client)
                 done.wait(0.0005)
-            except BaseException as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is
                 failures.append(error)
                 return
 
@@ -319,7 +321,7 @@ async def test_a_client_closed_from_another_loop(server: ChatKoreServer) -> None
 
         try:
             asyncio.run(main())
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is
             failure.append(error)
 
     thread = threading.Thread(target=work)
@@ -363,7 +365,7 @@ async def test_calls_that_connect_fail_when_the_client_is_closed(server: ChatKor
     with socket_that_never_accepts() as port:
         client = AsyncChatKore(api_key="k", base_url=f"http://127.0.0.1:{port}", timeout=Timeout(connect=None))
         call = asyncio.create_task(client.chat.completions.create(**ASK))
-        while not client._manager.pool().is_connecting(call):
+        while not client._manager.pool().is_connecting(call):  # noqa: ASYNC110 - a state, not an event
             await asyncio.sleep(0)
         await client.close()
         with pytest.raises(ConfigurationError, match="client was closed"):
@@ -383,6 +385,105 @@ asyncio.run(main())
 """
     await run_clean(server, script)
     await all_closed(server)
+
+
+# Without a loop to help: the same in this process, where coverage sees it.
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[ChatKoreServer]:
+    """A server in another thread's loop."""
+    ready, server = threading.Event(), ChatKoreServer()
+    end: list[object] = []
+
+    async def main() -> None:
+        async with server:
+            over = asyncio.Event()
+            end.extend([asyncio.get_running_loop(), over])
+            ready.set()
+            await over.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    assert ready.wait(10)
+    yield server
+    end[0].call_soon_threadsafe(end[1].set)
+    thread.join(10)
+
+
+async def drop(server: ChatKoreServer) -> None:
+    """Wait until another loop's server has lost all its connections."""
+    async with asyncio.timeout(5):
+        while any(each.open for each in server.connections):  # noqa: ASYNC110 - an event of another loop
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("state", ["closed", "stands still", "goes on"])
+@pytest.mark.parametrize("how", ["closed elsewhere", "collected", "replaced"])
+def test_a_loop_that_just_stopped(elsewhere: ChatKoreServer, state: str, how: str) -> None:
+    """Connections of a loop that stopped are closed with or without `close()`, whether or not it ever goes on."""
+    elsewhere.respond_with(lambda request: stream(["Hel", Stall()]) if request.json.get("stream") else None)
+    clients = [make(elsewhere)]
+    loop = asyncio.new_event_loop()
+
+    async def main(*, streams: bool):
+        await clients[0].chat.completions.create(**ASK)
+        return await clients[0].chat.completions.create(**ASK, stream=True) if streams else None
+
+    # A stream that nobody ended holds on to a loop that may still go on.
+    opened = loop.run_until_complete(main(streams=state == "closed" or how == "closed elsewhere"))
+    if state == "closed":
+        loop.close()
+    if how == "closed elsewhere":
+        asyncio.run(clients[0].close())
+    elif how == "replaced" and state == "closed":
+        asyncio.run(main(streams=False))
+    else:
+        clients.clear()
+    del opened
+    gc.collect()
+    asyncio.run(drop(elsewhere))
+    if state == "goes on":
+        loop.run_until_complete(asyncio.sleep(0.001))
+    loop.close()
+    clients.clear()
+    gc.collect()
+
+
+def test_the_numbers_of_dead_loops_are_kept(elsewhere: ChatKoreServer) -> None:
+    """`client.pool` counts what loops did that are gone, and forgets their connections when the next one begins."""
+    client = make(elsewhere)
+    for _ in range(3):
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(client.chat.completions.create(**ASK))
+        loop.close()
+    assert client.pool.created == 3
+    asyncio.run(client.close())
+    assert client.pool == PoolStats(created=3)
+
+
+def test_a_client_that_a_child_disowned(elsewhere: ChatKoreServer) -> None:
+    """What a forked child does first: forget the parent's connections, and open its own at the next call."""
+    client = make(elsewhere)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(client.chat.completions.create(**ASK))
+    pool = client._manager._pools[loop]
+    connections = pool.connector.protocols()
+    client._manager.disown()  # as after `os.fork()`, in the child
+    client._manager.disown()
+    assert client.pool == PoolStats()
+    asyncio.run(client.chat.completions.create(**ASK))
+    assert client.pool.created == 1
+    assert [connection.is_connected() for connection in connections] == [True]
+    for connection in connections:
+        connection.abort()
+    loop.run_until_complete(asyncio.sleep(0.001))
+    asyncio.run(client.close())
+    loop.close()
+    del pool
+    from chatkore_async import _transport
+
+    _transport._inherited.clear()
 
 
 # Forks.

@@ -40,7 +40,6 @@ async def turns(n: int = 5) -> None:
 async def test_the_pool_tells_what_is_open_in_use_and_idle(server: ChatKoreServer) -> None:
     """`client.pool` follows two calls from their start to the connections they leave idle."""
     release = asyncio.Event()
-    server.script(*[Reply(steps=(Hold(release), completion().body), framing="close")] * 0)
     server.respond_with(lambda _: held(release))
     async with make(server) as client:
         assert client.pool == PoolStats()
@@ -104,7 +103,7 @@ async def test_connections_that_the_server_closed_are_not_counted(server: ChatKo
     async with make(server) as client:
         await client.chat.completions.create(**ASK)
         assert server.drop_idle_connections() == 1
-        while client.pool.open:
+        while client.pool.open:  # noqa: ASYNC110 - a state, not an event
             await asyncio.sleep(0)
         await client.chat.completions.create(**ASK)
         assert client.pool.created == 2
@@ -442,7 +441,7 @@ async def test_one_timer_serves_many_deadlines() -> None:
     deadlines.watch(earlier)
     deadlines.cancel(cancelled)
     deadlines.cancel(cancelled)
-    while len(passed) < 2:
+    while len(passed) < 2:  # noqa: ASYNC110 - a state, not an event
         await asyncio.sleep(0)
     assert sorted(passed) == ["earlier", "now"]
     assert repr(deadlines) == "<Deadlines 1 set>"

@@ -305,8 +305,14 @@ def test_a_generator_is_read_once() -> None:
 
 def test_kinds_of_str_and_numbers_are_what_they_are_kinds_of() -> None:
     """A subclass of `str`, `int` or `float` is sent as its value."""
-    body = sent(user=Text("abc"), temperature=Number(0.5), n=Count(2), metadata={"t": Text("x")}, stop={"s"})
-    assert body == ASK | {"user": "abc", "temperature": 0.5, "n": 2, "metadata": {"t": "x"}, "stop": ["s"]}
+    body = sent(user=Text("abc"), temperature=Number(0.5), n=Count(2), metadata={"t": Text("x")})
+    assert body == ASK | {"user": "abc", "temperature": 0.5, "n": 2, "metadata": {"t": "x"}}
+
+
+def test_collections_inside_are_lists() -> None:
+    """A set, a deque or a view is a list to JSON, wherever it stands."""
+    body = sent(stop={"s"}, modalities=collections.deque(["text"]), metadata={"a": {"b": 1}.keys()})
+    assert body == ASK | {"stop": ["s"], "modalities": ["text"], "metadata": {"a": ["b"]}}
 
 
 # A received message can be sent back.
@@ -439,6 +445,7 @@ for _ in range(3000):
         ({"tools": ({"x": float("nan")},)}, "$.tools[0].x", "JSON has no nan"),
         ({"extra_body": {"x": float("nan")}}, "$.x", "JSON has no nan"),
         ({"metadata": {"a": object()}}, "$.metadata.a", "object has no form in JSON"),
+        ({"metadata": {"a": [1.0, float("nan")], "b": object()}}, "$.metadata.a[1]", "JSON has no nan"),
         ({"metadata": {"a": {object}}}, "$.metadata.a[0]", "type has no form in JSON"),
         ({"messages": [UserMessage(content=object())]}, "$.messages[0].content", "object has no form"),  # type: ignore[arg-type]
         ({"messages": [object()]}, "$.messages[0]", "object has no form"),

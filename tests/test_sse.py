@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chatkore_async._sse import MAX_STRAY, Decoder, Event, EventTooLargeError
@@ -124,6 +124,7 @@ def test_a_bare_json_error_is_kept_for_the_end() -> None:
     assert stray == error + b"\n"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3 * MAX_STRAY), max_size=5))
 def test_what_is_no_event_does_not_fill_memory(lengths: list[int]) -> None:
     """Of lines that are no fields the first 64 KiB are kept, in which an error fits, and no more."""
@@ -150,6 +151,7 @@ _BODY = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(_BODY, st.lists(st.integers(0, 120), max_size=8))
 @example(b"\r\ndata: a\r\n\r\n", [1])
 @example(b"data: a\n\ndata: \n\n", [])

@@ -72,7 +72,7 @@ async def test_a_certificate_for_another_host_is_refused(authority: trustme.CA, 
         ChatKoreServer(ssl=certified(authority, "elsewhere.example")) as server,
         make(server, ssl=trusting) as client,
     ):
-        with pytest.raises(APIConnectionError, match="does not verify.*127.0.0.1") as caught:
+        with pytest.raises(APIConnectionError, match=r"does not verify.*127\.0\.0\.1") as caught:
             await client.chat.completions.create(**ASK)
         assert len(caught.value.attempts) == 1
         assert server.requests == []
@@ -94,7 +94,7 @@ async def test_https_to_a_port_that_speaks_http() -> None:
     async with ChatKoreServer() as server:
         url = server.base_url.replace("http:", "https:")
         async with AsyncChatKore(api_key="sk-tls", base_url=url, max_retries=0) as client:
-            with pytest.raises(APIConnectionError, match="no TLS with 127.0.0.1") as caught:
+            with pytest.raises(APIConnectionError, match=r"no TLS with 127\.0\.0\.1") as caught:
                 await client.chat.completions.create(**ASK)
         assert "scheme" in caught.value.hint
 

@@ -12,6 +12,7 @@ import textwrap
 import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Self
 
 import aiohttp
 import pytest
@@ -262,7 +263,7 @@ async def test_a_caller_who_cancels_while_connecting_is_heard() -> None:
         async with make(f"http://127.0.0.1:{port}", timeout=Timeout(connect=0.02)) as client:
             call = asyncio.create_task(client.chat.completions.create(**ASK))
             pool = client._manager.pool()
-            while not pool.is_connecting(call):
+            while not pool.is_connecting(call):  # noqa: ASYNC110 - a state, not an event
                 await asyncio.sleep(0)
             opening = pool.connector.opening[call]
             opening.give_up(RuntimeError("late"))
@@ -271,7 +272,7 @@ async def test_a_caller_who_cancels_while_connecting_is_heard() -> None:
             await asyncio.wait([call])
             assert call.cancelled()
             late = asyncio.create_task(client.chat.completions.create(**ASK))
-            while not pool.is_connecting(late):
+            while not pool.is_connecting(late):  # noqa: ASYNC110 - a state, not an event
                 await asyncio.sleep(0)
             late.cancel()
             await asyncio.wait([late])
@@ -552,9 +553,9 @@ class Proxy:
         self.heads: list[bytes] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> "Proxy":
+    async def __aenter__(self) -> Self:
         self._listener = await asyncio.start_server(self._serve, "127.0.0.1")
-        self.address = "127.0.0.1:{}".format(self._listener.sockets[0].getsockname()[1])
+        self.address = f"127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -715,13 +716,23 @@ async def test_a_proxy_that_is_not_there(server: ChatKoreServer) -> None:
     """A proxy that nobody runs is named, not the host behind it; the hint tells how to do without."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:{}".format(closed.getsockname()[1])
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
         async with make(server, proxy=f"http://{address}") as client:
             found = await failure(client)
     assert f"could not connect to the proxy {address}" in str(found)
     assert "proxy=False" in found.hint
     assert len(found.attempts) == 3
     assert server.connections == []
+
+
+async def test_a_callers_session_through_an_explicit_proxy(secure: ChatKoreServer, trusting: ssl.SSLContext) -> None:
+    """`proxy=` and `ssl=` hold for a session of the caller's too, and the proxy does not learn the key."""
+    async with Proxy() as proxy, aiohttp.ClientSession() as session:
+        url = f"https://api.example:{secure.port}"
+        client = make(url, proxy=f"http://{proxy.address}", ssl=trusting, session=session)
+        await client.chat.completions.create(**ASK)
+        assert proxy.seen == [f"CONNECT api.example:{secure.port}"]
+        assert KEY.encode() not in b"".join(proxy.heads)
 
 
 async def test_the_environments_proxy_is_read_once(
@@ -803,8 +814,8 @@ async def test_many_failures_leave_nothing_open(server: ChatKoreServer) -> None:
     """Failures of every kind, one after the other, leave no place taken and no connection behind."""
     body = completion().body
     half = raw(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body), body[:9], Reset())
-    async with make(server, limits=Limits(max_connections=2, max_connections_per_host=1), max_retries=0) as client:
-        client = client.with_options(max_retries=0)
+    async with make(server, limits=Limits(max_connections=2, max_connections_per_host=1)) as whole:
+        client = whole.with_options(max_retries=0)
         for reply in (raw(b"?"), raw(Reset()), half, json_reply({}), error(500), raw(Stall())) * 2:
             server.script(reply)
             await failure(client, timeout=0.05)

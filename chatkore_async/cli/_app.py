@@ -16,9 +16,8 @@ from typing import Any, NoReturn
 import click
 
 from chatkore_async import APIError, ChatKoreError, __version__
-
-from ._options import debug_option, is_debugging
-from ._run import INTERRUPTED
+from chatkore_async.cli._options import debug_option, is_debugging
+from chatkore_async.cli._run import INTERRUPTED
 
 COMMANDS = {"demo": "Watch the client at work on a server of its own: no key, no network."}
 """Name and summary of each command; `demo` is the attribute `command` of `_demo.py`."""

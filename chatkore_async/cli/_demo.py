@@ -9,12 +9,11 @@ import click
 import msgspec
 
 from chatkore_async import AsyncChatKore, ChatKoreError, Limits, RetryPolicy, __version__
+from chatkore_async.cli._options import debug_option
+from chatkore_async.cli._run import run
+from chatkore_async.cli._screen import Screen, make_screen
+from chatkore_async.cli._tally import Tally, listed
 from chatkore_async.testing import ChatKoreServer, RecordedRequest, Reply, answer, error
-
-from ._options import debug_option
-from ._run import run
-from ._screen import Screen, make_screen
-from ._tally import Tally, listed
 
 MODEL = "gpt-4o-mini"
 CONNECTIONS = 50

@@ -24,7 +24,8 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
     try:
         with asyncio.Runner() as runner:
             status = runner.run(_stoppable(main, caught))
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, BrokenPipeError):
+        # Ctrl-C ends a whole pipeline: whoever read our output may be gone before we have said our last.
         if not caught:
             raise
     if not caught:

@@ -171,12 +171,13 @@ class Terminal:
         """Show a bar, a count and a note; the cursor is hidden meanwhile, and comes back however this is left."""
         wide = self._console.width >= _NARROW
         columns = [
-            BarColumn(bar_width=None, style="dim", complete_style=_ACCENT, finished_style=_GOOD),
+            # Not to the edge: there a terminal writes ^C, which would wrap the line and leave it there twice.
+            BarColumn(bar_width=28 if wide else 20, style="dim", complete_style=_ACCENT, finished_style=_GOOD),
             MofNCompleteColumn(),
             TextColumn(unit),
             *([TextColumn("{task.fields[note]}", style="dim")] if wide else []),
         ]
-        with Progress(*columns, console=self._console, expand=True) as bar:
+        with Progress(*columns, console=self._console) as bar:
             task = bar.add_task("", total=total, note="")
             yield lambda note: bar.update(task, advance=1, note=note)
 
