@@ -8,8 +8,8 @@ async with AsyncChatKore() as client:
 
 from ._client import AsyncChatKore
 from ._config import Limits, RetryBudget, RetryPolicy, Timeout
-from ._hooks import Hook
-from ._limiter import Limiter
+from ._hooks import AttemptStart, CallEnd, CallStart, FirstToken, Hook, Retry
+from ._limiter import Demand, Limiter, Report
 from ._meta import CallMeta, PoolStats
 from ._requests import ChatCompletionRequest
 from ._responses import ChatCompletion, ChatCompletionChunk
@@ -48,9 +48,12 @@ __all__ = [
     "APIStatusError",
     "APITimeoutError",
     "AsyncChatKore",
+    "AttemptStart",
     "AuthenticationError",
     "BadRequestError",
+    "CallEnd",
     "CallMeta",
+    "CallStart",
     "ChatCompletion",
     "ChatCompletionChunk",
     "ChatCompletionRequest",
@@ -60,6 +63,8 @@ __all__ = [
     "ConflictError",
     "ContentPolicyError",
     "ContextLengthExceededError",
+    "Demand",
+    "FirstToken",
     "Hook",
     "InsufficientQuotaError",
     "InternalServerError",
@@ -72,7 +77,9 @@ __all__ = [
     "PermissionDeniedError",
     "PoolStats",
     "RateLimitError",
+    "Report",
     "RequestTooLargeError",
+    "Retry",
     "RetryBudget",
     "RetryPolicy",
     "StreamError",

@@ -91,8 +91,8 @@ def test_making_a_client_needs_no_loop_and_does_no_io() -> None:
     client = AsyncChatKore(api_key="k", base_url="http://127.0.0.1:9/v1")
     assert "open 0/1000 idle 0" in repr(client)
     assert not client.closed
-    assert threading.active_count() == threads
-    assert not descriptors or {each.name for each in here.iterdir()} == descriptors
+    assert threading.active_count() <= threads
+    assert not descriptors or {each.name for each in here.iterdir()} <= descriptors
 
 
 def test_a_module_level_client_serves_one_loop_after_the_other() -> None:
