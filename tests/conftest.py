@@ -7,10 +7,17 @@ os.environ["PYTHONASYNCIODEBUG"] = "1"
 
 from collections.abc import AsyncIterator
 
+import hypothesis
 import pytest
 
 from chatkore_async import AsyncChatKore, RetryPolicy
 from chatkore_async.testing import ChatKoreServer
+
+pytest_plugins = ["chatkore_async.testing.fixtures"]
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)

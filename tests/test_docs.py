@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import inspect
+import logging
 import re
 import subprocess
 import sys
@@ -97,6 +98,17 @@ def in_a_thread(server: ChatKoreServer) -> Iterator[ChatKoreServer]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Programs set up logging; the next test is not to notice."""
+    loggers = [logging.getLogger(), logging.getLogger("chatkore_async")]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture
