@@ -53,16 +53,17 @@ def _says_something(delta: ChoiceDelta) -> bool:
 class Accumulator:
     """Merges the chunks of one stream into a `ChatCompletion`.
 
-    `pending` is where a stream appends its chunks; `merge()` from time to time keeps it short.
+    `pending` is where a stream appends its chunks; `merge()` from time to time keeps it short. `usage` is what the
+    server counted, once it said so.
     """
 
-    __slots__ = ("_choices", "_head", "_usage", "pending")
+    __slots__ = ("_choices", "_head", "pending", "usage")
 
     def __init__(self) -> None:
         self.pending: list[ChatCompletionChunk] = []
         self._choices: dict[int, _ChoiceSoFar] = {}
         self._head = ChatCompletion(object="chat.completion")
-        self._usage: Usage | None = None
+        self.usage: Usage | None = None
 
     def merge(self) -> None:
         """Merge what is pending."""
@@ -72,7 +73,7 @@ class Accumulator:
             if not head.id or not head.model or not head.created:
                 self._take_head(chunk)
             if chunk.usage is not None and chunk.usage != _NO_TOKENS:
-                self._usage = chunk.usage  # C6: the last one wins, they are never summed
+                self.usage = chunk.usage  # C6: the last one wins, they are never summed
             if chunk.system_fingerprint is not None:
                 head.system_fingerprint = chunk.system_fingerprint
             if chunk.service_tier is not None:
@@ -106,7 +107,7 @@ class Accumulator:
     def completion(self) -> ChatCompletion:
         """Return the completion so far; later chunks do not change it."""
         self.merge()
-        whole = msgspec.structs.replace(self._head, usage=self._usage)
+        whole = msgspec.structs.replace(self._head, usage=self.usage)
         whole.choices = [self._choices[index].choice(index) for index in sorted(self._choices)]
         return whole
 

@@ -4,6 +4,8 @@ Each error of ours gets the one fact that the retries need to know: had the requ
 """
 
 import errno
+import os
+import ssl
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -65,43 +67,43 @@ def mapped(cause: BaseException, *, sent: bool) -> APIError | ConfigurationError
             hint="raise the limit (ulimit -n), or lower Limits.max_connections",
             retryable="unconfirmed" if sent else "yes",
         )
-    reason = _reason(cause)
+    why = reason(cause)
     if isinstance(cause, aiohttp.ClientConnectorCertificateError):
         return APIConnectionError(
-            f"the certificate of {cause.host}:{cause.port} does not verify: {reason}",
+            f"the certificate of {cause.host}:{cause.port} does not verify: {why}",
             hint="pass the authority's certificate in ssl=ssl.create_default_context(cafile=...)",
         )
     if isinstance(cause, aiohttp.ClientConnectorError) and isinstance(cause, aiohttp.ClientSSLError):
         return APIConnectionError(
-            f"no TLS with {cause.host}:{cause.port}: {reason}",
+            f"no TLS with {cause.host}:{cause.port}: {why}",
             hint="check the scheme and the port of base_url",
             retryable="yes",
         )
     if isinstance(cause, aiohttp.ConnectionTimeoutError):
-        return APITimeoutError(f"could not connect in time: {reason}", phase="connect", retryable="yes")
+        return APITimeoutError(f"could not connect in time: {why}", phase="connect", retryable="yes")
     if isinstance(cause, aiohttp.ClientProxyConnectionError):
         return APIConnectionError(
-            f"could not connect to the proxy {cause.host}:{cause.port}: {reason}",
+            f"could not connect to the proxy {cause.host}:{cause.port}: {why}",
             hint="check HTTPS_PROXY, or pass proxy=False",
             retryable="yes",
         )
     if isinstance(cause, aiohttp.ClientHttpProxyError):
         return APIConnectionError(
-            f"the proxy refused with status {cause.status}: {reason}",
+            f"the proxy refused with status {cause.status}: {why}",
             hint="check the proxy's user name and password" if cause.status == 407 else None,
             retryable="never" if cause.status in (403, 407) else "yes",
         )
     if isinstance(cause, aiohttp.ClientConnectorDNSError):
         return APIConnectionError(
-            f"the host {cause.host} has no address: {reason}", hint="check base_url", retryable="yes"
+            f"the host {cause.host} has no address: {why}", hint="check base_url", retryable="yes"
         )
     if isinstance(cause, aiohttp.ClientConnectorError):
-        return APIConnectionError(f"could not connect to {cause.host}:{cause.port}: {reason}", retryable="yes")
+        return APIConnectionError(f"could not connect to {cause.host}:{cause.port}: {why}", retryable="yes")
     if any(isinstance(each, ContentEncodingError) for each in chain):
-        return InvalidResponseError(f"the answer cannot be decompressed: {reason}", retryable="unconfirmed")
+        return InvalidResponseError(f"the answer cannot be decompressed: {why}", retryable="unconfirmed")
     if isinstance(cause, aiohttp.ClientResponseError | HttpProcessingError | ValueError):
-        return InvalidResponseError(f"the server's answer is not HTTP: {reason}", retryable="unconfirmed")
-    return APIConnectionError(f"the connection broke: {reason}", retryable="unconfirmed" if sent else "yes")
+        return InvalidResponseError(f"the server's answer is not HTTP: {why}", retryable="unconfirmed")
+    return APIConnectionError(f"the connection broke: {why}", retryable="unconfirmed" if sent else "yes")
 
 
 def _chain(cause: BaseException | None) -> Iterator[BaseException]:
@@ -112,11 +114,18 @@ def _chain(cause: BaseException | None) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _reason(cause: BaseException) -> str:
-    """One line that says what happened; aiohttp's connector errors hide it in `os_error`."""
+def reason(cause: BaseException) -> str:
+    """Return one line that says what happened, in the system's words where it was the system's doing."""
     if isinstance(cause, aiohttp.ClientConnectorCertificateError):
         cause = cause.certificate_error
     elif isinstance(cause, aiohttp.ClientConnectorError):
         cause = cause.os_error
+    if isinstance(cause, OSError | aiohttp.ClientPayloadError) and not isinstance(cause, ssl.SSLError):
+        for each in _chain(cause):
+            # The resolver's numbers are negative, and it explains itself.
+            if isinstance(each, OSError) and each.errno is not None and each.errno > 0:
+                return os.strerror(each.errno)
+    if isinstance(cause, aiohttp.ClientPayloadError):
+        return "its body is incomplete"
     text = getattr(cause, "strerror", None) or getattr(cause, "message", None) or str(cause)
     return " ".join(str(text).split())[:300] or type(cause).__name__

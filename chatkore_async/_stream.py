@@ -18,12 +18,13 @@ from ._call import Call
 from ._classify import MAX_BODY
 from ._codec import MISFIT
 from ._events import EventReader
+from ._foreign import mapped, reason
 from ._hooks import logger
 from ._meta import CallMeta
 from ._protocol import DONE, not_the_api, read_completion, read_error, read_event
 from ._responses import ChatCompletion, ChatCompletionChunk, Completeness
 from ._sse import EventTooLargeError
-from ._transport import Exchange, mapped
+from ._transport import Exchange
 from .errors import APIError, ChatKoreError, InvalidResponseError, StreamError, StreamInterruptedError
 
 _BUSY: Final = "this ChatStream is being read by another task"
@@ -371,7 +372,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             assert call.exchange is not None
             await call.exchange.drain(call.pool, call.outgoing.url)
         finally:
-            call.end("ok", usage=self.snapshot.usage)
+            call.end("ok", usage=self._merged.usage)
 
     def _truncation(self, call: Call, reader: EventReader) -> APIError:
         """The error for a stream that ended before it was finished."""
@@ -383,7 +384,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             return InvalidResponseError(str(reader.cause), hint="raise Limits.max_event_size")
         if reader.cause is None:
             return StreamInterruptedError("the stream ended before it was finished")
-        return StreamInterruptedError(f"the stream broke off: {mapped(reader.cause, sent=True)}")
+        return StreamInterruptedError(f"the stream broke off: {reason(reader.cause)}")
 
     def _no_delta(self, call: Call, reader: EventReader) -> ChatKoreError:
         """The error for a stream that ended without a first delta."""

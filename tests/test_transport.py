@@ -529,7 +529,7 @@ async def test_the_repr_of_an_exchange_tells_whether_it_is_open(server: ChatKore
         (aiohttp.ClientOSError(110, "Connection timed out"), APIConnectionError, "broke: Connection timed out"),
         (aiohttp.ServerDisconnectedError(), APIConnectionError, "broke: Server disconnected"),
         (aiohttp.ConnectionTimeoutError("Connection timeout to host x"), APITimeoutError, "could not connect in time"),
-        (aiohttp.ClientPayloadError(), APIConnectionError, "broke: ClientPayloadError"),
+        (aiohttp.ClientPayloadError("…"), APIConnectionError, "broke: its body is incomplete"),
         (http_exceptions.BadHttpMessage("bad"), InvalidResponseError, "is not HTTP: bad"),
         (http_exceptions.LineTooLong(b"x", 8190), InvalidResponseError, "is not HTTP"),
         (ValueError("Chunk too big"), InvalidResponseError, "is not HTTP: Chunk too big"),
