@@ -277,9 +277,9 @@ class Call:
                 raise timeout from error
             self._note_failure(error)
             if error.message != (message := masked(error.message, notes.secret)):
-                # Not even HTTP, and yet an echo of the key: then what aiohttp raised shows it, too.
-                error.message, error.__cause__, error.__context__ = message, None, None
-                error.args = (message,)
+                # Not even HTTP, and yet an echo of the key: what aiohttp raised shows it too, and so do its frames.
+                error.message, error.args = message, (message,)
+                error.__cause__ = error.__context__ = error.__traceback__ = None
             raise
         except asyncio.CancelledError as cancelled:
             if self._was_ours():

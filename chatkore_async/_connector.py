@@ -17,6 +17,13 @@ NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 
 _GRACE_TURNS = 16
 
+# Seconds of silence, seconds between probes, probes: where the platform has them.
+_KEEP_ALIVE = {
+    getattr(socket, name): value
+    for name, value in {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}.items()
+    if hasattr(socket, name)
+}
+
 
 def open_socket(address: Any) -> socket.socket:
     """Make a socket that notices a peer that is gone: NATs and firewalls drop idle connections silently."""
@@ -24,9 +31,8 @@ def open_socket(address: Any) -> socket.socket:
     opened = socket.socket(family, kind, protocol)
     with contextlib.suppress(OSError):  # a nicety, which not every platform has
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-            if hasattr(socket, name):
-                opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        for option, value in _KEEP_ALIVE.items():
+            opened.setsockopt(socket.IPPROTO_TCP, option, value)
     return opened
 
 

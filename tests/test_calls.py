@@ -22,6 +22,7 @@ from chatkore_async import (
     InvalidRequestError,
     InvalidResponseError,
     Limits,
+    RetryBudget,
     RetryPolicy,
     Timeout,
 )
@@ -402,6 +403,26 @@ async def test_a_key_may_come_from_a_callable(client: AsyncChatKore, server: Cha
     assert [request.headers["authorization"] for request in server.requests] == [
         f"Bearer k{number}" for number in (1, 2, 3, 4)
     ]
+
+
+async def test_a_header_of_the_callers_wins_over_the_key(client: AsyncChatKore, server: ChatKoreServer) -> None:
+    """A gateway that wants an Authorization of its own gets it, whether the key is a string or a callable."""
+    for key in ("a-key", lambda: "a-key"):
+        other = client.with_options(api_key=key, default_headers={"authorization": "Basic gateway"})
+        await other.chat.completions.create(**ASK)
+    assert [request.headers["authorization"] for request in server.requests] == ["Basic gateway"] * 2
+
+
+async def test_a_copy_has_a_retry_budget_of_its_own_when_it_brings_one(
+    client: AsyncChatKore, server: ChatKoreServer
+) -> None:
+    """A copy shares the client's budget unless its policy has another."""
+    server.always(error(503))
+    empty = client.with_options(retry=RetryPolicy(initial_delay=0, budget=RetryBudget(capacity=0)))
+    with pytest.raises(InternalServerError, match="the retry budget is empty"):
+        await empty.chat.completions.create(**ASK)
+    with pytest.raises(InternalServerError, match="3 attempts"):
+        await client.with_options(timeout=5).chat.completions.create(**ASK)
 
 
 @pytest.mark.parametrize("given", [None, 7, b"key", "", "a\nb"])

@@ -488,6 +488,18 @@ def test_a_client_that_a_child_disowned(elsewhere: ChatKoreServer) -> None:
     _transport._inherited.clear()
 
 
+async def test_a_disowned_client_leaves_the_callers_session_alone(server: ChatKoreServer) -> None:
+    """In a forked child, too, a session that the caller brought is the caller's business."""
+    async with aiohttp.ClientSession() as session:
+        client = AsyncChatKore(api_key="k", base_url=server.base_url, session=session)
+        await client.chat.completions.create(**ASK)
+        client._manager.disown()
+        assert not session.closed
+        from chatkore_async import _transport
+
+        _transport._inherited.clear()
+
+
 # Forks.
 
 

@@ -94,9 +94,12 @@ class _MockedResponse(ClientResponse):
     """A response that aioresponses can make under aiohttp 3.13 and 3.14; it knows the arguments of 3.13 only."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "stream_writer" in inspect.signature(ClientResponse.__init__).parameters:
-            kwargs.setdefault("stream_writer", _Writer())
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **_MORE_ARGUMENTS, **kwargs)
+
+
+_MORE_ARGUMENTS = {
+    name: _Writer() for name in inspect.signature(ClientResponse.__init__).parameters if name == "stream_writer"
+}
 
 
 @contextmanager
