@@ -94,10 +94,10 @@ class _MockedResponse(ClientResponse):
     """A response that aioresponses can make under aiohttp 3.13 and 3.14; it knows the arguments of 3.13 only."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **_MORE_ARGUMENTS, **kwargs)
+        super().__init__(*args, **(_MORE_ARGUMENTS | kwargs))
 
 
-_MORE_ARGUMENTS = {
+_MORE_ARGUMENTS: dict[str, Any] = {
     name: _Writer() for name in inspect.signature(ClientResponse.__init__).parameters if name == "stream_writer"
 }
 
