@@ -16,7 +16,6 @@ from msgspec import UNSET, UnsetType
 
 from . import _codec
 from ._call import Call
-from ._classify import MAX_BODY
 from ._config import (
     KeySource,
     Limits,
@@ -37,6 +36,7 @@ from ._responses import ChatCompletion, Model
 from ._retry import Bucket
 from ._stream import ChatStream
 from ._transport import Exchange, Session, SessionManager, checked_proxy
+from ._words import MAX_BODY
 from .errors import ConfigurationError, InvalidRequestError
 
 _STREAM_HEADERS = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}

@@ -10,10 +10,12 @@ import msgspec
 
 from . import _codec, _sse, _tolerant
 from ._accumulate import Accumulator
-from ._classify import MAX_BODY, classify, is_page, masked, one_line, page_title, request_id
+from ._classify import classify
 from ._codec import NotJSONError
 from ._config import Secret
+from ._headers import plain_headers, request_id
 from ._responses import ChatCompletion, ChatCompletionChunk, Model
+from ._words import MAX_BODY, is_page, masked, one_line, page_title
 from .errors import APIError, InvalidResponseError, StreamInterruptedError
 
 DONE: Final = "done"
@@ -32,15 +34,6 @@ class Head(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"<Head {self.status}>"  # a header may echo the key
-
-
-def plain_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return headers as a plain dict, names in lower case, repeated ones joined (RFC 9110 §5.3)."""
-    plain: dict[str, str] = {}
-    for name, value in headers.items():
-        known = plain.get(name.lower())
-        plain[name.lower()] = value if known is None else f"{known}, {value}"
-    return plain
 
 
 def read_error(head: Head, body: bytes, whole: object = None, *, certain: bool = False) -> APIError | None:

@@ -15,7 +15,6 @@ from typing import Any, Final, Self
 from . import _codec
 from ._accumulate import BATCH, Accumulator, has_delta
 from ._call import Call
-from ._classify import MAX_BODY
 from ._codec import MISFIT
 from ._events import EventReader
 from ._foreign import mapped, reason
@@ -25,6 +24,7 @@ from ._protocol import DONE, not_the_api, read_completion, read_error, read_even
 from ._responses import ChatCompletion, ChatCompletionChunk, Completeness
 from ._sse import EventTooLargeError
 from ._transport import Exchange
+from ._words import MAX_BODY
 from .errors import APIError, ChatKoreError, InvalidResponseError, StreamError, StreamInterruptedError
 
 _BUSY: Final = "this ChatStream is being read by another task"

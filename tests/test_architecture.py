@@ -13,8 +13,9 @@ PACKAGE = Path(chatkore_async.__file__).parent
 FLOORS = [
     ["_version", "_meta", "_responses", "_requests"],
     ["errors", "types"],
-    ["_config", "_tolerant", "_sse", "_hooks", "_limiter"],
-    ["_codec", "_classify", "_options", "_accumulate"],
+    ["_config", "_tolerant", "_sse", "_hooks", "_limiter", "_headers", "_words"],
+    ["_codec", "_reports", "_options", "_accumulate", "_notes"],
+    ["_classify"],
     ["_protocol"],
     ["_retry", "_slots", "_deadlines", "_proxies", "_foreign"],
     ["_connector"],
@@ -32,7 +33,7 @@ BUILT_ON_TOP = ("testing", "cli", "integrations")
 
 FREE_OF_IO = {
     *("_meta", "_responses", "_requests", "errors", "types", "_config", "_tolerant", "_sse", "_hooks", "_codec"),
-    *("_classify", "_accumulate", "_protocol", "_options"),
+    *("_headers", "_words", "_reports", "_notes", "_classify", "_accumulate", "_protocol", "_options"),
 }
 
 

@@ -11,16 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chatkore_async import errors
-from chatkore_async._classify import (
-    MAX_BODY,
-    MAX_DEPTH,
-    Failure,
-    classify,
-    one_line,
-    rate_limit,
-    request_id,
-    retry_after,
-)
+from chatkore_async._classify import Failure, classify
+from chatkore_async._headers import rate_limit, request_id, retry_after
+from chatkore_async._reports import MAX_DEPTH
+from chatkore_async._words import MAX_BODY, one_line
 from chatkore_async.errors import (
     APIStatusError,
     AuthenticationError,

@@ -1,0 +1,63 @@
+"""What a server says, made fit for a message: one line, capped, and without keys. No I/O."""
+
+import html
+import re
+from typing import Any, cast
+
+MAX_BODY = 64 * 1024
+"""Bytes of an error's body that are read, and characters that are kept (E9)."""
+
+MAX_MESSAGE = 1000
+"""Characters of a message; what is longer ends in an ellipsis."""
+
+MIN_KEY = 6
+"""Characters of the shortest key that is masked where a server echoes it."""
+
+# E1: relays append their own id, once per relay in the chain.
+_RELAYS_ID = re.compile(r" ?[(（] ?request[ _-]?id ?[:：] ?([^()（） ]{1,200}) ?[)）]", re.IGNORECASE)
+
+_KEY_ECHO = re.compile(r"\bsk-[\w*.-]{3,}")
+
+
+def as_object(value: object) -> dict[str, Any] | None:
+    """Return a JSON value that is an object, else `None`."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def masked(value: Any, secret: str) -> Any:
+    """Return a JSON value without keys: `secret` itself, and whatever looks like one."""
+    if isinstance(value, str):
+        # What is too short for a key is the dummy of a server that wants none ("test"), and part of many words.
+        return _KEY_ECHO.sub("sk-***", value.replace(secret, "***") if len(secret) >= MIN_KEY else value)
+    if isinstance(value, list):
+        return [masked(item, secret) for item in cast("list[object]", value)]
+    if (found := as_object(value)) is not None:
+        return {masked(name, secret): masked(item, secret) for name, item in found.items()}
+    return value
+
+
+def clean(message: str, secret: str) -> tuple[str, str | None]:
+    """Return a message as one line without keys and relays' ids, and the last of those ids: the nearest relay's."""
+    line = " ".join(str(masked(message, secret)).split())
+    ids = _RELAYS_ID.findall(line)
+    line = _RELAYS_ID.sub("", line).strip()
+    return (line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 1] + "…"), (ids[-1] if ids else None)
+
+
+def one_line(text: str, secret: str = "") -> str:
+    """Return any text as part of a message: one line, capped, keys masked."""
+    return clean(text, secret)[0]
+
+
+def is_page(body: bytes) -> bool:
+    """Tell whether a body is a web page."""
+    start = body[:1000].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return start.startswith(b"<") and (b"<html" in start or b"<!doctype" in start)
+
+
+def page_title(body: bytes) -> str:
+    """Return the title of a web page, `""` when it has none."""
+    page = body[:MAX_BODY].lower()
+    start = page.find(b"<title")
+    end = page.find(b"</title", start)
+    return html.unescape(body[start:end].partition(b">")[2].decode("utf-8", "replace")) if end > start >= 0 else ""
