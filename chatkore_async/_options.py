@@ -60,7 +60,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 def with_max_retries(policy: RetryPolicy, count: int) -> RetryPolicy:
     """Return a policy with another number of retries, or raise `ConfigurationError`."""
-    return msgspec.structs.replace(policy, max_retries=count)
+    # Not `structs.replace`, which checked nothing before msgspec 0.20.
+    fields: dict[str, Any] = msgspec.structs.asdict(policy)
+    fields["max_retries"] = count
+    return RetryPolicy(**fields)
 
 
 class Outgoing(msgspec.Struct, frozen=True):
