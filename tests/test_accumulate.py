@@ -497,7 +497,7 @@ def test_arguments_that_are_a_braces_only_by_chance_are_kept() -> None:
 
 def test_arguments_nested_too_deeply_to_read_are_joined_all_the_same() -> None:
     """Whether arguments came twice is asked of a parser that gives up; no answer is then no."""
-    deep = '{"a":' * 5000 + "1" + "}" * 5000
+    deep = '{"a":' * 100_000 + "1" + "}" * 100_000
     chunks = [
         ChatCompletionChunk(
             choices=[
