@@ -31,6 +31,15 @@ from ._responses import (
 BATCH = 64
 """Chunks put aside before they are merged: enough for a tight loop, few enough to keep a stream's memory flat."""
 
+MAX_PARTS = 250_000
+"""Choices, tool calls, annotations and log probabilities that a stream may have in all.
+
+Each is an object of a hundred to seven hundred bytes here, and a handful on the wire. An answer of 128,000 tokens has
+one log probability for each.
+"""
+
+OVERFLOWED = f"has more than {MAX_PARTS:,} choices, tool calls, annotations and log probabilities"
+
 _NO_TOKENS = Usage()
 
 
@@ -54,20 +63,25 @@ class Accumulator:
     """Merges the chunks of one stream into a `ChatCompletion`.
 
     `pending` is where a stream appends its chunks; `merge()` from time to time keeps it short. `usage` is what the
-    server counted, once it said so.
+    server counted, once it said so. `overflowed` is set when there were more than `MAX_PARTS`; what came after them is
+    not merged, and whoever reads the stream is to end it with an error.
     """
 
-    __slots__ = ("_choices", "_head", "pending", "usage")
+    __slots__ = ("_choices", "_head", "_parts", "overflowed", "pending", "usage")
 
     def __init__(self) -> None:
         self.pending: list[ChatCompletionChunk] = []
         self._choices: dict[int, _ChoiceSoFar] = {}
         self._head = ChatCompletion(object="chat.completion")
         self.usage: Usage | None = None
+        self._parts = 0
+        self.overflowed = False
 
     def merge(self) -> None:
         """Merge what is pending."""
         pending, self.pending = self.pending, []
+        if self.overflowed:
+            return
         head = self._head
         for chunk in pending:
             if not head.id or not head.model or not head.created:
@@ -82,7 +96,9 @@ class Accumulator:
                 so_far = self._choices.get(choice.index)
                 if so_far is None:
                     so_far = self._choices[choice.index] = _ChoiceSoFar()
-                so_far.add(choice)
+                    self._parts += 1
+                self._parts += so_far.add(choice)
+        self.overflowed = self._parts > MAX_PARTS
 
     def _take_head(self, chunk: ChatCompletionChunk) -> None:
         """C1: the first id, model and time that are not empty win."""
@@ -144,8 +160,9 @@ class _ChoiceSoFar:
         self.annotations: list[Annotation] = []
         self.audio: _AudioSoFar | None = None
 
-    def add(self, choice: ChunkChoice) -> None:
-        delta = choice.delta
+    def add(self, choice: ChunkChoice) -> int:
+        """Take in a delta, and return how many parts it brought that are no text."""
+        delta, parts = choice.delta, 0
         if delta.content is not None:
             self.content.append(delta.content)
             self.started = True
@@ -163,14 +180,15 @@ class _ChoiceSoFar:
         if delta.tool_calls is not None:
             if self.tool_calls is None:
                 self.tool_calls = _ToolCalls()
-            self.tool_calls.add(delta.tool_calls)
+            parts += self.tool_calls.add(delta.tool_calls)
             self.started = True
         if choice.logprobs is not None:
-            self._add_logprobs(choice.logprobs)
+            parts += self._add_logprobs(choice.logprobs)
         if delta.refusal is not None or delta.function_call or delta.annotations or delta.audio:
-            self._add_rare(delta)
+            parts += self._add_rare(delta)
+        return parts
 
-    def _add_rare(self, delta: ChoiceDelta) -> None:
+    def _add_rare(self, delta: ChoiceDelta) -> int:
         self.started = True
         if delta.refusal is not None:
             self.refusal.append(delta.refusal)
@@ -184,12 +202,15 @@ class _ChoiceSoFar:
             if self.audio is None:
                 self.audio = _AudioSoFar()
             self.audio.add(delta.audio)
+        return len(delta.annotations or ())
 
-    def _add_logprobs(self, logprobs: Logprobs) -> None:
+    def _add_logprobs(self, logprobs: Logprobs) -> int:
         if self.logprobs is None:
             self.logprobs = ([], [])
-        self.logprobs[0].extend(logprobs.content or ())
-        self.logprobs[1].extend(logprobs.refusal or ())
+        content, refusal = logprobs.content or (), logprobs.refusal or ()
+        self.logprobs[0].extend(content)
+        self.logprobs[1].extend(refusal)
+        return len(content) + len(refusal)
 
     def choice(self, index: int) -> Choice:
         message = ChatCompletionMessage(
@@ -253,7 +274,9 @@ class _ToolCalls:
         self._by_id: dict[str, _CallSoFar] = {}
         self._deltas = 0
 
-    def add(self, pieces: Iterable[ToolCallDelta]) -> None:
+    def add(self, pieces: Iterable[ToolCallDelta]) -> int:
+        """Take in the pieces of a delta, and return how many calls they began."""
+        before = len(self._calls)
         self._deltas += 1
         for piece in pieces:
             name, arguments = _said(piece)
@@ -268,6 +291,7 @@ class _ToolCalls:
             call.indexed = call.indexed or piece.index is not None
             call.last_delta = self._deltas
             call.add(piece, name, arguments)
+        return len(self._calls) - before
 
     def _candidate(self, piece: ToolCallDelta, name: str | None) -> "_CallSoFar | None":
         """Return the call a piece may go on with: by index, else by id, else the last; `None` when it can be none."""

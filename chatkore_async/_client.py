@@ -310,7 +310,7 @@ class Completions:
         return ChatStream(
             lambda: client._call(settings, outgoing),
             hide_usage=added_usage,
-            max_event_size=client._manager.limits.max_event_size,
+            limits=client._manager.limits,
         )
 
     def _prepare(

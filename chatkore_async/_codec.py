@@ -108,6 +108,19 @@ MISFIT = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _NO_TOKENS = Usage()
 _MAX_DEPTH = 1000
 
+LARGE = 2**20
+"""Bytes of a message below which nobody counts what it is made of."""
+
+MAX_OBJECTS = 1_000_000
+"""Objects and arrays that a message may be made of, unless they are `_PLAIN_SIZE` bytes long on average.
+
+An empty array is three bytes on the wire and sixty in memory, an empty choice four hundred. With both bounds, what is
+decoded takes at most some twenty times the bytes that arrived. Log probabilities, the densest that the API sends, have
+about thirty bytes an object.
+"""
+
+_PLAIN_SIZE = 16
+
 
 def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mapping[str, object] | None) -> bytes:
     """Return the body of a request.
@@ -287,6 +300,14 @@ def _why_not(value: object) -> str | None:
 
 def _shown(path: tuple[object, ...]) -> str:
     return "$" + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+
+
+def is_crowded(message: bytes) -> bool:
+    """Tell whether a message would take out of all proportion more memory than it has bytes."""
+    if len(message) <= LARGE:
+        return False
+    objects = message.count(b"{") + message.count(b"[")
+    return objects > MAX_OBJECTS and objects * _PLAIN_SIZE > len(message)
 
 
 def decode_completion(body: bytes) -> tuple[ChatCompletion, object]:

@@ -131,7 +131,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         max_connections_per_host: the same for one host and port.
         keepalive_expiry: seconds after which an idle connection is closed.
         max_event_size: bytes of one streamed event. 64 MiB: an image in base64 fits, an endless line does not.
-        max_body_size: bytes of one awaited answer, after decompression.
+        max_body_size: bytes of one answer after decompression; a stream's in all.
     """
 
     max_connections: int | None = 1000

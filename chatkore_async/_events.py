@@ -6,13 +6,28 @@ What had arrived when a connection broke is handed out before the break is repor
 
 import collections
 import contextlib
+import math
 
 from ._call import Call
-from ._protocol import begins_event_stream, is_whole
+from ._codec import LARGE, is_crowded
+from ._config import Limits
+from ._protocol import CROWDED, begins_event_stream, is_whole
 from ._sse import Decoder, EventTooLargeError
 from ._transport import FOREIGN, Exchange
 
 _BLANK_LIMIT = 64 * 1024
+
+
+class _AnswerTooLargeError(EventTooLargeError):
+    """The events are in all more than `max_body_size` bytes."""
+
+    hint = "raise Limits.max_body_size"
+
+
+class _CrowdedError(EventTooLargeError):
+    """An event would take out of all proportion more memory than it has bytes."""
+
+    hint = ""
 
 
 class EventReader:
@@ -21,7 +36,7 @@ class EventReader:
     Args:
         call: whose deadlines run while this waits.
         exchange: what is read.
-        max_event_size: bytes of one event, or of a body that is no event stream.
+        limits: how large an event, and all of them, may be.
 
     Attributes:
         events: what arrived and was not taken yet.
@@ -37,21 +52,26 @@ class EventReader:
         "_call",
         "_decoder",
         "_exchange",
-        "_max",
+        "_last_event",
+        "_max_event",
+        "_max_size",
+        "_size",
         "cause",
         "ended",
         "events",
         "whole",
     )
 
-    def __init__(self, call: Call, exchange: Exchange, max_event_size: int | None) -> None:
+    def __init__(self, call: Call, exchange: Exchange, limits: Limits) -> None:
         self._call = call
         self._exchange = exchange
-        self._max = max_event_size
-        self._decoder = Decoder(max_event_size)
+        self._max_event = limits.max_event_size
+        self._max_size = math.inf if limits.max_body_size is None else limits.max_body_size
+        self._decoder = Decoder(limits.max_event_size)
+        self._size = 0  # bytes so far
+        self._last_event = 0  # bytes so far when there was an event last
         self._blank: bytes | None = b""  # what came before the first byte that tells what the body is
         self._body: list[bytes] = []
-        self._body_size = 0
         self.events: collections.deque[bytes] = collections.deque()
         self.ended = False
         self.cause: Exception | None = None
@@ -90,6 +110,9 @@ class EventReader:
             notes.max_gap = gap
 
     def _take(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > self._max_size:
+            raise _AnswerTooLargeError(f"the stream is larger than max_body_size ({self._max_size} bytes)")
         if self._blank is not None:
             data = self._blank + data
             if not data.removeprefix(b"\xef\xbb\xbf").strip() and len(data) < _BLANK_LIMIT:
@@ -98,12 +121,24 @@ class EventReader:
             self._blank = None
             self.whole = not begins_event_stream(data)
         if not self.whole:
-            self.events.extend(self._decoder.feed(data))
+            events = self._decoder.feed(data)
+            # An event has at most the bytes that came since the one before it.
+            if self._size - self._last_event > LARGE:
+                self._check(events)
+            if events:
+                self._last_event = self._size
+                self.events.extend(events)
             return
         self._body.append(data)
-        self._body_size += len(data)
-        if self._max is not None and self._body_size > self._max:
-            raise EventTooLargeError(f"the answer is larger than max_event_size ({self._max} bytes)")
+        if self._max_event is not None and self._size > self._max_event:
+            raise EventTooLargeError(f"the answer is larger than max_event_size ({self._max_event} bytes)")
+
+    def _check(self, events: list[bytes]) -> None:
+        """Look at events that may be large, and hand out those before one that is refused."""
+        for number, event in enumerate(events):
+            if is_crowded(event):
+                self.events.extend(events[:number])
+                raise _CrowdedError(f"an event of the stream {CROWDED}")
 
     def _break_off(self, cause: Exception) -> None:
         if self._call.notes.ended is None:  # else it was closed by whoever left the stream, and nobody wants the rest
@@ -115,9 +150,15 @@ class EventReader:
     def _end(self, cause: Exception | None) -> None:
         self.ended = True
         self.cause = cause
+        if isinstance(cause, EventTooLargeError):
+            return  # what is left is too large, or begins what is
         if self.whole:
-            if not isinstance(cause, EventTooLargeError):
-                self.events.append(b"".join(self._body))
+            body = b"".join(self._body)
+            self._body.clear()
+            if is_crowded(body):
+                self.cause = _CrowdedError(f"the answer {CROWDED}")
+            else:
+                self.events.append(body)
         else:
             # An event that the end cut in two is none; whether the stream was finished decides what that means.
             self.events.extend(event for event in self._decoder.finish() if is_whole(event))

@@ -9,7 +9,7 @@ from typing import Final, Literal
 import msgspec
 
 from . import _codec, _sse, _tolerant
-from ._accumulate import Accumulator
+from ._accumulate import OVERFLOWED, Accumulator
 from ._classify import classify
 from ._codec import NotJSONError
 from ._config import Secret
@@ -17,6 +17,8 @@ from ._headers import plain_headers, request_id
 from ._responses import ChatCompletion, ChatCompletionChunk, Model
 from ._words import MAX_BODY, is_page, masked, one_line, page_title
 from .errors import APIError, InvalidResponseError, StreamInterruptedError
+
+CROWDED: Final = f"is made of more than {_codec.MAX_OBJECTS:,} objects and arrays"
 
 DONE: Final = "done"
 """What `read_event` answers for `[DONE]`."""
@@ -85,6 +87,8 @@ def read_completion(head: Head, body: bytes) -> ChatCompletion:
 def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
     if head.status != 200 and (error := read_error(head, body)):
         return error
+    if _codec.is_crowded(body):
+        return crowded(head, body)
     try:
         completion, whole = _codec.decode_completion(body)
     except NotJSONError as error:
@@ -121,6 +125,8 @@ def read_models(head: Head, body: bytes) -> list[Model]:
 def _models_or_error(head: Head, body: bytes) -> list[Model] | APIError:
     if head.status != 200 and (error := read_error(head, body)):
         return error
+    if _codec.is_crowded(body):
+        return crowded(head, body)
     try:
         models = _codec.decode_models(body)
     except NotJSONError as error:
@@ -153,6 +159,13 @@ def not_the_api(head: Head, body: bytes, cause: NotJSONError | None) -> InvalidR
     error = InvalidResponseError(message, body=text, hint=hint, retryable="unconfirmed" if lost else "never")
     error._reported_id = _request_id(head)
     error.__cause__ = cause
+    return error
+
+
+def crowded(head: Head, body: bytes) -> InvalidResponseError:
+    """Return the error for a message that would take out of all proportion more memory than it has bytes."""
+    error = InvalidResponseError(f"the answer {CROWDED}", body=_text(head, body[:MAX_BODY]))
+    error._reported_id = _request_id(head)
     return error
 
 
@@ -194,6 +207,8 @@ def _completion_of_events(head: Head, body: bytes) -> ChatCompletion | APIError:
             error.partial = merged.completion()
         return error.with_traceback(None)
     completion = merged.completion()
+    if merged.overflowed:
+        return InvalidResponseError(f"the answer {OVERFLOWED}", partial=completion)
     if merged.started and (done or merged.finished):
         return completion
     found = read_error(head, decoder.stray)

@@ -40,7 +40,9 @@ class Event(bytes):
 
 
 class EventTooLargeError(Exception):
-    """One event grew beyond `max_event_size` bytes."""
+    """One event grew beyond `max_event_size` bytes; or, where `hint` says so, another limit was met."""
+
+    hint = "raise Limits.max_event_size"
 
 
 class Decoder:
@@ -73,7 +75,7 @@ class Decoder:
         self._skip_lf = False  # the last segment ended in CR: an LF at the start of the next belongs to it
         self._line: list[bytes] = []  # pieces of a line that is not whole
         self._line_size = 0
-        self._data: list[bytes] = []  # data lines of an event that is not whole
+        self._data: bytes | bytearray | None = None  # data lines of an event that is not whole
         self._data_size = 0
         self._name = b""
         self._stray = bytearray()
@@ -92,7 +94,7 @@ class Decoder:
         Raises:
             EventTooLargeError: an incomplete event is larger than `max_event_size`, and no event is complete.
         """
-        if not self._line and not self._data and not self._name and not self._skip_lf:
+        if not self._line and self._data is None and not self._name and not self._skip_lf:
             if self._tail:
                 data = self._tail + data
                 self._tail = b""
@@ -170,13 +172,13 @@ class Decoder:
 
     def _take_line(self, line: bytes, events: list[bytes]) -> None:
         if not line:
-            if self._data:
-                data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+            if self._data is not None:
+                data = bytes(self._data)  # which copies only what came in more lines than one
                 if self._name:
                     events.append(Event.of(self._name.decode("utf-8", "replace"), data))
                 elif data:
                     events.append(data)
-            self._data = []
+            self._data = None
             self._data_size = 0
             self._name = b""
             return
@@ -184,7 +186,13 @@ class Decoder:
         if value.startswith(b" "):
             value = value[1:]
         if field == b"data":
-            self._data.append(value)
+            if self._data is None:
+                self._data = value
+            else:
+                # Not a list of lines: each would be an object, and a line of one byte take fifty.
+                if isinstance(self._data, bytes):
+                    self._data = bytearray(self._data)
+                self._data += b"\n" + value
             self._data_size += len(value) + 1
         elif field == b"event":
             self._name = value

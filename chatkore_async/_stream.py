@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from . import _codec
-from ._accumulate import BATCH, Accumulator, has_delta
+from ._accumulate import BATCH, OVERFLOWED, Accumulator, has_delta
 from ._call import Call
 from ._codec import MISFIT
+from ._config import Limits
 from ._events import EventReader
 from ._foreign import mapped, reason
 from ._hooks import logger
@@ -26,6 +27,9 @@ from ._sse import EventTooLargeError
 from ._transport import Exchange
 from ._words import MAX_BODY
 from .errors import APIError, ChatKoreError, InvalidResponseError, StreamError, StreamInterruptedError
+
+MAX_HELD: Final = 10_000
+"""Chunks without a delta that are held until the first delta comes. One a second, as a keep-alive, is three hours."""
 
 _BUSY: Final = "this ChatStream is being read by another task"
 
@@ -49,10 +53,10 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         APIError: what an awaited call raises. After the first delta every error has `.partial`.
     """
 
-    def __init__(self, make_call: Callable[[], Call], *, hide_usage: bool, max_event_size: int | None) -> None:
+    def __init__(self, make_call: Callable[[], Call], *, hide_usage: bool, limits: Limits) -> None:
         self._make_call = make_call
         self._hide_usage = hide_usage
-        self._max_event_size = max_event_size
+        self._limits = limits
         self._call: Call | None = None
         self._reader: EventReader | None = None
         self._merged = Accumulator()
@@ -323,7 +327,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             error = read_error(call.head, body) or not_the_api(call.head, body, None)
             body = b""  # it may echo the key, and tracebacks show locals
             raise error
-        reader = self._reader = EventReader(call, exchange, self._max_event_size)
+        reader = self._reader = EventReader(call, exchange, self._limits)
         self._held.clear()
         self._merged = Accumulator()
         self._done = self._usage_came_last = False
@@ -331,6 +335,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             if reader.events:
                 if chunk := self._read(reader.events.popleft()):
                     self._held.append(chunk)
+                    if len(self._held) > MAX_HELD:
+                        raise InvalidResponseError(f"the stream has {MAX_HELD:,} chunks and no delta")
             elif self._done or reader.ended:
                 raise self._no_delta(call, reader) from reader.cause
             else:
@@ -349,6 +355,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 return
             if len(self._merged.pending) >= BATCH:
                 self._merged.merge()
+                if self._merged.overflowed:
+                    raise self._failed(InvalidResponseError(f"the stream {OVERFLOWED}"))
             await reader.fill()
         except asyncio.CancelledError as cancelled:
             self._leave(cancelled)
@@ -359,6 +367,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
     async def _conclude(self, call: Call, reader: EventReader) -> None:
         """Everything that arrived was handed out: decide how the stream ended."""
         finished = self._merged.finished
+        if self._merged.overflowed:
+            raise self._failed(InvalidResponseError(f"the stream {OVERFLOWED}"))
         if not finished and not self._done and not self._usage_came_last:
             raise self._failed(self._truncation(call, reader)) from reader.cause
         if not finished:
@@ -381,7 +391,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         if reader.stray and (error := read_error(call.head, reader.stray)):
             return error
         if isinstance(reader.cause, EventTooLargeError):
-            return InvalidResponseError(str(reader.cause), hint="raise Limits.max_event_size")
+            return InvalidResponseError(str(reader.cause), hint=reader.cause.hint or None)
         if reader.cause is None:
             return StreamInterruptedError("the stream ended before it was finished")
         return StreamInterruptedError(f"the stream broke off: {reason(reader.cause)}")
@@ -391,7 +401,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         if reader.stray and (error := read_error(call.head, reader.stray)):
             return error
         if isinstance(reader.cause, EventTooLargeError):
-            return InvalidResponseError(str(reader.cause), hint="raise Limits.max_event_size")
+            return InvalidResponseError(str(reader.cause), hint=reader.cause.hint or None)
         if reader.cause is not None:
             return mapped(reader.cause, sent=True)
         if reader.stray:
