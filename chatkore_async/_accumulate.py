@@ -120,6 +120,24 @@ class Accumulator:
         started = [choice for choice in self._choices.values() if choice.started]
         return bool(started) and all(choice.finish_reason is not None for choice in started)
 
+    def drop_repetition(self, chunk: ChatCompletionChunk, whole: dict[str, Any]) -> None:
+        """Empty what a chunk says a second time: the whole message so far, in place of a delta (C2).
+
+        Args:
+            chunk: not merged yet.
+            whole: the JSON it was made of.
+        """
+        self.merge()
+        items: list[Any] = [item for item in whole.get("choices") or () if isinstance(item, dict)]
+        for choice, item in zip(chunk.choices, items, strict=False):
+            so_far = self._choices.get(choice.index)
+            if so_far is None or item.get("delta") or not choice.delta.content:
+                continue
+            # Some relays call their deltas messages, and a short one may be the same as all before it.
+            ends = choice.finish_reason or so_far.finish_reason or chunk.object == "chat.completion"
+            if ends and choice.delta.content == _joined(so_far.content):
+                choice.delta = ChoiceDelta()
+
     def completion(self) -> ChatCompletion:
         """Return the completion so far; later chunks do not change it."""
         self.merge()

@@ -88,7 +88,8 @@ _QUOTA_OF: dict[int, frozenset[str]] = {
 _QUOTA_CODES = frozenset[str]().union(*_QUOTA_OF.values())
 
 _QUOTA_WORDS = re.compile(
-    r"额度已用尽|额度不足|余额不足|额度失败|欠费|insufficient (?:account )?(?:balance|credits?|funds|quota)"
+    r"额度已用尽|額度已用盡|额度不足|額度不足|余额不足|餘額不足|额度失败|額度失敗|欠费|欠費"
+    r"|insufficient (?:account )?(?:balance|credits?|funds|quota)|token quota is exhausted"
     r"|exceeded your current quota|credit balance is too low|billing hard limit",
     re.IGNORECASE,
 )
@@ -99,7 +100,9 @@ _PER_MINUTE = re.compile(r"per[ _-]?(?:min|sec)|每分钟|分钟内|/\s?min\b|\b
 # E6
 _NO_CHANNEL_CODES = _names("model_not_found", "no_available_channel", "get_channel_failed")
 
-_NO_CHANNEL_WORDS = re.compile(r"无可用渠道|no available channels?|no channels? available", re.IGNORECASE)
+_NO_CHANNEL_WORDS = re.compile(
+    r"无可用渠道|無可用(?:渠道|管道)|no available channels?|no channels? available", re.IGNORECASE
+)
 
 # E7: codes of relays that report a caller's mistake as a 500.
 _CALLERS_FAULT = _names(
@@ -130,9 +133,10 @@ _POLICY_CODES = _names(
 _CONTEXT_CODES = _names("context_length_exceeded", "exceed_context_size_error", "string_above_max_length")
 
 _CONTEXT_WORDS = re.compile(
-    r"maximum context length|context (?:length|window|size)[^.]{0,40}exceed"
+    r"maximum (?:context|prompt) length|exceeded model token limit|context (?:length|window|size)[^.]{0,40}exceed"
     r"|(?:exceed|longer than)[^.]{0,40}context (?:length|window|size)|prompt is too long"
-    r"|token count[^.]{0,40}exceeds the maximum",
+    r"|token count[^.]{0,40}exceeds the (?:maximum|limit)|greater than the context length"
+    r"|reduce the length of the messages|input is too long for requested model|range of input length should be",
     re.IGNORECASE,
 )
 
@@ -224,7 +228,7 @@ def classify(
         override == "true" and exception not in (InsufficientQuotaError, NoChannelError)
     ):
         retryable = "yes" if override == "true" else "never"
-    hint = _hint(exception, effective, code, message, headers)
+    hint = _hint(exception, effective, (code, kind), message, headers)
     return Failure(
         kind=exception,
         # An error inside a 200 counts as having its status; under a status of its own, that one stays.
@@ -297,19 +301,21 @@ def _retryable(kind: type[APIStatusError], status: int) -> Retryable:
     return "never"
 
 
-def _hint(kind: type[APIStatusError], status: int, code: str, message: str, headers: Mapping[str, str]) -> str | None:
+def _hint(
+    kind: type[APIStatusError], status: int, codes: tuple[str, str], message: str, headers: Mapping[str, str]
+) -> str | None:
     if 300 <= status < 400:
         location = headers.get("location")
         return f"redirects are not followed; point base_url at {location}" if location else None
     if kind is InsufficientQuotaError:
         return _HINT_QUOTA
-    if kind is AuthenticationError or code == _norm("no_db_connection"):
+    if kind is AuthenticationError or _norm("no_db_connection") in codes:
         return _HINT_KEY
     if kind is NoChannelError:
         return _HINT_MODEL
     if status == 405 or (kind is NotFoundError and (_WRONG_URL.search(message) or not message)):
         return _HINT_BASE_URL
-    if kind is NotFoundError and (code in _MODEL_CODES or _MODEL_WORDS.search(message)):
+    if kind is NotFoundError and (codes[0] in _MODEL_CODES or _MODEL_WORDS.search(message)):
         return _HINT_MODEL
     if status in (504, 524) and kind is InternalServerError:
         return _HINT_STREAM

@@ -30,7 +30,7 @@ from ._hooks import Hook, logger
 from ._limiter import Limiter
 from ._meta import PoolStats
 from ._options import OPTION_NAMES, CallOptions, CallParams, Outgoing, Settings, with_max_retries
-from ._protocol import read_completion, read_models
+from ._protocol import is_finished, read_completion, read_models
 from ._requests import ChatCompletionRequest
 from ._responses import ChatCompletion, Model
 from ._retry import Bucket
@@ -280,8 +280,12 @@ class Completions:
         limit = self._client._manager.limits.max_body_size
 
         async def receive(exchange: Exchange) -> ChatCompletion:
-            healthy = exchange.status == 200
-            return read_completion(call.head, await exchange.read(limit if healthy else MAX_BODY, cut=not healthy))
+            healthy = 200 <= exchange.status < 300
+            # Not by way of a name: the body may echo the key, and tracebacks show locals.
+            return read_completion(
+                call.head,
+                await exchange.read(limit if healthy else MAX_BODY, cut=not healthy, is_whole=is_finished),
+            )
 
         completion = await call.run(receive)
         call.end("ok", usage=completion.usage)
@@ -367,7 +371,7 @@ class Models:
         call = client._call(settings, Outgoing("GET", url, None, "", _extra_headers(extra_headers, None)))
 
         async def receive(exchange: Exchange) -> "list[Model]":
-            healthy = exchange.status == 200
+            healthy = 200 <= exchange.status < 300
             limit = client._manager.limits.max_body_size if healthy else MAX_BODY
             return read_models(call.head, await exchange.read(limit, cut=not healthy))
 

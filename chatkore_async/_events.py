@@ -11,7 +11,7 @@ import math
 from ._call import Call
 from ._codec import LARGE, is_crowded
 from ._config import Limits
-from ._protocol import CROWDED, begins_event_stream, is_whole
+from ._protocol import CROWDED, begins_event_stream, is_whole, without_done
 from ._sse import Decoder, EventTooLargeError
 from ._transport import FOREIGN, Exchange
 
@@ -43,15 +43,18 @@ class EventReader:
         ended: whether the body ended, or broke off.
         cause: why it broke off, or `None` when it just ended.
         whole: whether the body is no event stream, but one event.
+        skipped: how many events of the last wait were pings; whoever reads them counts.
     """
 
     __slots__ = (
+        "_began",
         "_blank",
         "_body",
         "_body_size",
         "_call",
         "_decoder",
         "_exchange",
+        "_filled",
         "_last_event",
         "_max_event",
         "_max_size",
@@ -59,6 +62,7 @@ class EventReader:
         "cause",
         "ended",
         "events",
+        "skipped",
         "whole",
     )
 
@@ -68,6 +72,9 @@ class EventReader:
         self._max_event = limits.max_event_size
         self._max_size = math.inf if limits.max_body_size is None else limits.max_body_size
         self._decoder = Decoder(limits.max_event_size)
+        self._began = 0.0  # when the wait began, in the event loop's time
+        self._filled = 0  # events that the last wait brought
+        self.skipped = -1
         self._size = 0  # bytes so far
         self._last_event = 0  # bytes so far when there was an event last
         self._blank: bytes | None = b""  # what came before the first byte that tells what the body is
@@ -89,7 +96,10 @@ class EventReader:
         """Wait until there is an event, or the end."""
         call, read = self._call, self._exchange.content.readany
         loop, notes = call.pool.loop, call.notes
-        began = loop.time()
+        if self.skipped != self._filled:
+            self._began = loop.time()
+        # Else the last wait goes on: S2, pings in the form of events are no sign of life either.
+        began = self._began
         call.wait_for_event(began)
         try:
             while not self.events and not self.ended:
@@ -105,6 +115,7 @@ class EventReader:
             self._end(cause)
         finally:
             call.stop_waiting()
+        self.skipped, self._filled = 0, len(self.events)
         gap = loop.time() - began
         if notes.max_gap is None or gap > notes.max_gap:
             notes.max_gap = gap
@@ -153,7 +164,7 @@ class EventReader:
         if isinstance(cause, EventTooLargeError):
             return  # what is left is too large, or begins what is
         if self.whole:
-            body = b"".join(self._body)
+            body = without_done(b"".join(self._body))
             self._body.clear()
             if is_crowded(body):
                 self.cause = _CrowdedError(f"the answer {CROWDED}")
@@ -161,4 +172,4 @@ class EventReader:
                 self.events.append(body)
         else:
             # An event that the end cut in two is none; whether the stream was finished decides what that means.
-            self.events.extend(event for event in self._decoder.finish() if is_whole(event))
+            self.events.extend(event for event in self._decoder.finish() if is_whole(event, broken=cause is not None))

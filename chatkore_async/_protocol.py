@@ -3,13 +3,14 @@
 Bytes and headers become a result or a typed error here, for awaited calls and for single events of a stream.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
 
 from . import _codec, _sse, _tolerant
-from ._accumulate import OVERFLOWED, Accumulator
+from ._accumulate import OVERFLOWED, Accumulator, has_delta
 from ._classify import classify
 from ._codec import NotJSONError
 from ._config import Secret
@@ -89,6 +90,8 @@ def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
         return error
     if _codec.is_crowded(body):
         return crowded(head, body)
+    if not begins_event_stream(body):
+        body = without_done(body)
     try:
         completion, whole = _codec.decode_completion(body)
     except NotJSONError as error:
@@ -103,10 +106,17 @@ def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
 def _checked(head: Head, body: bytes, completion: ChatCompletion, whole: object) -> ChatCompletion | APIError:
     if whole is not None or not completion.choices:
         if error := read_error(head, body, whole):
+            error.partial = completion if completion.text else None
             return error
         if not completion.choices:
             return not_the_api(head, body, None)
     return completion
+
+
+def is_finished(body: bytes) -> bool:
+    """Tell whether a body that broke off holds a whole completion: only HTTP's end of it is missing."""
+    found = _completion_or_error(Head(200, {}), body)
+    return isinstance(found, ChatCompletion) and found.completeness == "complete"
 
 
 def read_models(head: Head, body: bytes) -> list[Model]:
@@ -185,6 +195,14 @@ def begins_event_stream(data: bytes) -> bool:
     return not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"{", b"[", b"<"))
 
 
+_DONE_AFTER = re.compile(rb"\s*^data:\s*\[DONE\]\s*\Z", re.MULTILINE)
+
+
+def without_done(body: bytes) -> bytes:
+    """Return a body without the `[DONE]` that relays write after whatever they passed on (E14)."""
+    return _DONE_AFTER.sub(b"", body) if b"[DONE]" in body[-64:] else body
+
+
 def _looks_like_events(body: bytes) -> bool:
     start = body.removeprefix(b"\xef\xbb\xbf").lstrip()
     return start.startswith((b"data:", b"event:", b":", b"id:", b"retry:", b"error:"))
@@ -192,39 +210,60 @@ def _looks_like_events(body: bytes) -> bool:
 
 def _completion_of_events(head: Head, body: bytes) -> ChatCompletion | APIError:
     """S12: an event stream in answer to an awaited call."""
-    decoder, merged, done = _sse.Decoder(), Accumulator(), False
-    events = [*decoder.feed(body), *(event for event in decoder.finish() if is_whole(event))]
+    decoder, merged = _sse.Decoder(), Accumulator()
+    said = done = usage_came_last = False
+    whole = [*decoder.feed(body), *(event for event in decoder.finish() if is_whole(event))]
+    events = [part for event in whole for part in separated(event)]
     try:
         for event in events:
-            chunk = read_event(head, event)
+            chunk = read_event(head, event, merged)
             if chunk == DONE:
                 done = True
                 break
             if isinstance(chunk, ChatCompletionChunk):
+                usage_came_last = chunk.usage is not None and not chunk.choices
+                said = said or has_delta(chunk)
                 merged.pending.append(chunk)
     except APIError as error:
-        if merged.started:
+        if said:
             error.partial = merged.completion()
         return error.with_traceback(None)
     completion = merged.completion()
+    done = done or usage_came_last
     if merged.overflowed:
         return InvalidResponseError(f"the answer {OVERFLOWED}", partial=completion)
-    if merged.started and (done or merged.finished):
+    if said and (done or merged.finished):
         return completion
     found = read_error(head, decoder.stray)
-    if found is None and merged.started:
+    if found is None and said:
         found = StreamInterruptedError(
             "the answer, an event stream, ended before it was finished", retryable="unconfirmed"
         )
     elif found is None:
         found = not_the_api(head, body, None)
         found._retryable = "unconfirmed"  # S7
-    found.partial = completion if merged.started else None
+    found.partial = completion if said else None
     return found
 
 
-def read_event(head: Head, data: bytes) -> ChatCompletionChunk | Literal["done"] | None:
+def separated(event: bytes) -> list[bytes]:
+    """Return the chunks of an event that is several, since its server ends events with one line end, not two (S9)."""
+    if b"\n" not in event or isinstance(event, _sse.Event):
+        return [event]
+    lines = event.split(b"\n")
+    one_each = all(line == b"[DONE]" or (line.startswith(b"{") and line.endswith(b"}")) for line in lines)
+    return lines if one_each else [event]
+
+
+def read_event(
+    head: Head, data: bytes, so_far: Accumulator | None = None
+) -> ChatCompletionChunk | Literal["done"] | None:
     """Return what an event of a stream means: a chunk, `DONE`, or `None` when it is to be skipped.
+
+    Args:
+        head: of the answer.
+        data: the event's.
+        so_far: what the events before it were merged to.
 
     Raises:
         APIError: the event is an error (S1), or not what the API speaks (S11).
@@ -237,7 +276,7 @@ def read_event(head: Head, data: bytes) -> ChatCompletionChunk | Literal["done"]
         reported = read_error(head, data, certain=True)
         assert reported is not None
         raise reported
-    if not text or name in _KEEP_ALIVE:
+    if not text or text == b"null" or name in _KEEP_ALIVE:
         return None
     try:
         chunk, whole = _codec.decode_chunk(data)
@@ -250,16 +289,27 @@ def read_event(head: Head, data: bytes) -> ChatCompletionChunk | Literal["done"]
         raise error
     if not chunk.choices and whole.get("type") in _KEEP_ALIVE:
         return None
+    if so_far is not None:
+        so_far.drop_repetition(chunk, whole)
     return chunk
 
 
 _KEEP_ALIVE = ("ping", "keepalive", "keep-alive", "heartbeat")
 
 
-def is_whole(data: bytes) -> bool:
-    """Tell whether the last event of a body that just ended is one, or the beginning of one that was cut."""
+def is_whole(data: bytes, *, broken: bool = False) -> bool:
+    """Tell whether the last event of a body is one, or the beginning of one that was cut.
+
+    Args:
+        data: the event's.
+        broken: whether the body broke off, and did not just end.
+    """
     if isinstance(data, _sse.Event) or data.strip() == b"[DONE]":
         return True
+    if len(separated(data)) > 1:
+        return True
+    if not broken and data.lstrip()[:1] not in (b"{", b"["):
+        return True  # S11: it begins nothing of the API's, such as an exception's text
     try:
         _tolerant.parse(data)
     except ValueError:

@@ -54,7 +54,8 @@ def _documents(body: bytes) -> Iterator[object]:
         pass
     else:
         return
-    text = re.sub(r"^(?:data|error):[ \t]*", "", body[:MAX_BODY].decode("utf-8-sig", "replace"), flags=re.MULTILINE)
+    text = re.sub(r"\r\n?", "\n", body[:MAX_BODY].decode("utf-8-sig", "replace"))
+    text = re.sub(r"^(?:data|error):[ \t]*", "", text, flags=re.MULTILINE)
     at = 0
     for _ in range(_MAX_DOCUMENTS):
         found = _BEGINNING.search(text, at)
@@ -79,8 +80,10 @@ def extract(whole: object) -> Said | None:
     for name in ("error", "errors"):
         if said := _under_error(_alone(found.get(name)), found):
             return said
-    if found.get("choices"):
-        return None
+    if choices := found.get("choices"):
+        return _in_a_choice(choices)
+    if said := _of_vendor(found):
+        return said
     if found.get("detail"):
         title, detail = _text(found.get("title")), _text(found["detail"])
         return _said(found, f"{title}: {detail}" if title and title != detail else detail)
@@ -90,6 +93,22 @@ def extract(whole: object) -> Said | None:
     if isinstance(message, str | list) and not _is_success(found):
         return _said(found)
     return _said(found) if found.get("title") and found.get("status") else None
+
+
+def _in_a_choice(choices: object) -> Said | None:
+    """Return what a choice says of an error (E14, S1): OpenRouter's, when the provider behind it fails midway."""
+    items = cast("list[object]", choices) if isinstance(choices, list) else []
+    found = filter(None, map(as_object, items))
+    return next(filter(None, (_under_error(choice.get("error"), choice) for choice in found)), None)
+
+
+def _of_vendor(found: Mapping[str, Any]) -> Said | None:
+    """Return what is said in envelopes that no other vendor has: MiniMax's `base_resp`, Tencent's `Response`."""
+    status = as_object(found.get("base_resp")) or {}
+    if status.get("status_code"):
+        return Said(message=_text(status.get("status_msg")), code=_label(status["status_code"]))
+    error = as_object((as_object(found.get("Response")) or {}).get("Error"))
+    return _under_error({name.lower(): value for name, value in error.items()}, {}) if error else None
 
 
 def _under_error(error: object, whole: dict[str, Any]) -> Said | None:
@@ -162,6 +181,8 @@ def compact(value: object) -> str:
 
 
 def _label(value: object) -> str | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # E12: to some languages all numbers are floats
     return None if value is None or value == "" else _text(value)
 
 

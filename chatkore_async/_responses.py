@@ -208,6 +208,7 @@ class Choice(_Received):
     logprobs: Logprobs | None = None
     _delta: _ShutGate = msgspec.field(name="delta", default=UNSET)
     _usage: _NullGate = msgspec.field(name="usage", default=UNSET)
+    _error: _NullGate = msgspec.field(name="error", default=UNSET)
 
 
 class _Answer(MetaCarrier):
@@ -321,6 +322,7 @@ class ChunkChoice(_Received):
     logprobs: Logprobs | None = None
     _message: _ShutGate = msgspec.field(name="message", default=UNSET)
     _usage: _NullGate = msgspec.field(name="usage", default=UNSET)
+    _error: _NullGate = msgspec.field(name="error", default=UNSET)
 
 
 class ChatCompletionChunk(_Answer, _Received):

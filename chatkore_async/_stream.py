@@ -21,7 +21,7 @@ from ._events import EventReader
 from ._foreign import mapped, reason
 from ._hooks import logger
 from ._meta import CallMeta
-from ._protocol import DONE, not_the_api, read_completion, read_error, read_event
+from ._protocol import DONE, not_the_api, read_completion, read_error, read_event, separated
 from ._responses import ChatCompletion, ChatCompletionChunk, Completeness
 from ._sse import EventTooLargeError
 from ._transport import Exchange
@@ -286,11 +286,16 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         """
         call, reader = self._opened()
         data = rare_data.pop()
+        parts = separated(data)
+        if len(parts) > 1:
+            reader.events.extendleft(reversed(parts))
+            return None
+        parts.clear()
         try:
             if reader.whole:
                 read_completion(call.head, data)  # S12: raises what a whole answer can hide
                 self._done = True
-            chunk = read_event(call.head, data)
+            chunk = read_event(call.head, data, self._merged)
         except APIError as error:
             data = b""
             error.__traceback__ = None  # the frames of the reading have the event, too
@@ -310,6 +315,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 return chunk
             # We asked for it, the caller did not, and `chunk.choices[0]` is to be safe.
             self._merged.pending.append(chunk)
+        else:
+            reader.skipped += 1
         return None
 
     def _opened(self) -> tuple[Call, EventReader]:
@@ -322,7 +329,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         call = self._call
         assert call is not None
         call.answered()
-        if exchange.status != 200:
+        if not 200 <= exchange.status < 300:
             body = await exchange.read(MAX_BODY, cut=True)
             error = read_error(call.head, body) or not_the_api(call.head, body, None)
             body = b""  # it may echo the key, and tracebacks show locals

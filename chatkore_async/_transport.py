@@ -12,7 +12,7 @@ import ssl as _ssl
 import threading
 import urllib.request
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -75,12 +75,15 @@ class Exchange:
     def __repr__(self) -> str:
         return f"<Exchange {self.status} {'open' if self._pool else 'let go'}>"
 
-    async def read(self, limit: int | None, *, cut: bool = False) -> bytes:
+    async def read(
+        self, limit: int | None, *, cut: bool = False, is_whole: Callable[[bytes], bool] | None = None
+    ) -> bytes:
         """Return the whole body, and let go.
 
         Args:
             limit: bytes after which no more is read.
             cut: whether a longer body is cut there; otherwise it is an `InvalidResponseError`.
+            is_whole: tells of a body that broke off whether it is an answer nevertheless, which was paid for.
 
         Raises:
             APIError: the body broke off, or is too large.
@@ -102,9 +105,14 @@ class Exchange:
                 if content.at_eof():
                     break
         except FOREIGN as cause:
+            pieces.append(self.rescue())
             self.abort()
-            if cut:
-                return b"".join(pieces)  # an error's body that broke off still says something
+            body = b"".join(pieces)
+            # An error's body that broke off still says something.
+            if cut or (is_whole is not None and is_whole(body)):
+                return body
+            body = b""  # it may echo the key, and tracebacks show locals
+            pieces.clear()
             raise mapped(cause, sent=True) from cause
         self.let_go()
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -56,8 +56,11 @@ def is_page(body: bytes) -> bool:
 
 
 def page_title(body: bytes) -> str:
-    """Return the title of a web page, `""` when it has none."""
+    """Return the title of a web page, or its first heading (HAProxy's pages have that alone), or `""`."""
     page = body[:MAX_BODY].lower()
-    start = page.find(b"<title")
-    end = page.find(b"</title", start)
-    return html.unescape(body[start:end].partition(b">")[2].decode("utf-8", "replace")) if end > start >= 0 else ""
+    for name in (b"title", b"h1"):
+        start = page.find(b"<" + name)
+        end = page.find(b"</" + name, start)
+        if end > start >= 0:
+            return html.unescape(body[start:end].partition(b">")[2].decode("utf-8", "replace"))
+    return ""
