@@ -306,7 +306,10 @@ def _hint(
 ) -> str | None:
     if 300 <= status < 400:
         location = headers.get("location")
-        return f"redirects are not followed; point base_url at {location}" if location else None
+        if not location:
+            return None
+        # Of a call's own path `base_url` takes care.
+        return f"redirects are not followed; point base_url at {location.removesuffix('/models')}"
     if kind is InsufficientQuotaError:
         return _HINT_QUOTA
     if kind is AuthenticationError or _norm("no_db_connection") in codes:

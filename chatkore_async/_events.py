@@ -163,6 +163,8 @@ class EventReader:
         self.cause = cause
         if isinstance(cause, EventTooLargeError):
             return  # what is left is too large, or begins what is
+        if self._call.expired and self._call.notes.first_token is None:
+            return  # an event without its end is no first delta that came in time
         if self.whole:
             body = without_done(b"".join(self._body))
             self._body.clear()

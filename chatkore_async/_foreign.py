@@ -127,5 +127,7 @@ def reason(cause: BaseException) -> str:
                 return os.strerror(each.errno)
     if isinstance(cause, aiohttp.ClientPayloadError):
         return "its body is incomplete"
+    if isinstance(cause, aiohttp.ClientOSError) and "request body" in str(cause):
+        return "the server closed it while the request was sent"
     text = getattr(cause, "strerror", None) or getattr(cause, "message", None) or str(cause)
     return " ".join(str(text).split())[:300] or type(cause).__name__

@@ -16,6 +16,8 @@ MIN_KEY = 6
 # E1: relays append their own id, once per relay in the chain.
 _RELAYS_ID = re.compile(r" ?[(（] ?request[ _-]?id ?[:：] ?([^()（） ]{1,200}) ?[)）]", re.IGNORECASE)
 
+_TAG = re.compile(rb"<[^<>]*>")
+
 _KEY_ECHO = re.compile(r"\bsk-[\w*.-]{3,}")
 
 
@@ -56,11 +58,14 @@ def is_page(body: bytes) -> bool:
 
 
 def page_title(body: bytes) -> str:
-    """Return the title of a web page, or its first heading (HAProxy's pages have that alone), or `""`."""
-    page = body[:MAX_BODY].lower()
-    for name in (b"title", b"h1"):
-        start = page.find(b"<" + name)
-        end = page.find(b"</" + name, start)
-        if end > start >= 0:
-            return html.unescape(body[start:end].partition(b">")[2].decode("utf-8", "replace"))
-    return ""
+    """Return the title of a web page; of one without, as HAProxy's, its words from the first heading on; or `""`."""
+    body = body[:MAX_BODY]
+    page = body.lower()
+    start = page.find(b"<title")
+    end = page.find(b"</title", start)
+    if end > start >= 0:
+        words = body[start:end].partition(b">")[2]
+    else:
+        start = page.find(b"<h1")
+        words = b"" if start < 0 else _TAG.sub(b" ", body[start:])
+    return html.unescape(words.decode("utf-8", "replace"))

@@ -413,3 +413,36 @@ def test_whatever_comes_is_a_result_or_an_error_of_ours(status: int, body: bytes
     with contextlib.suppress(APIError):
         read_event(OK, body)
     assert str(raised(read_event, OK, Event.of("error", b"{" + body)))
+
+
+CROWD = b'{"data":[' + b"{}," * 1_000_001 + b"{}]}"
+
+
+@pytest.mark.parametrize("read", [read_completion, read_models])
+def test_a_crowded_answer_is_not_decoded(read: Any) -> None:
+    """An answer made of a million objects and next to no bytes is refused, and its beginning kept."""
+    error = raised(read, OK, CROWD)
+    assert type(error) is InvalidResponseError
+    assert "more than 1,000,000 objects" in str(error)
+    assert error.body == CROWD[:65536].decode()
+
+
+def test_large_objects_are_no_crowd() -> None:
+    """A long answer with log probabilities is as large as it looks, and decoded."""
+    token = {"token": "hello", "logprob": -0.25, "bytes": None, "top_logprobs": [{"token": "a", "logprob": -1.5}]}
+    body = encoded(completion(choices=[{"message": {"content": "hi"}, "logprobs": {"content": [token] * 400_000}}]))
+    assert read_completion(OK, body).text == "hi"
+
+
+def test_an_event_stream_of_too_many_parts_is_refused() -> None:
+    """An event stream in answer to a call has the bounds of a stream, and what came is kept."""
+    many = events(
+        *(
+            chunk(choices=[{"index": n, "delta": {"content": "x"}} for n in range(start, start + 50_000)])
+            for start in range(0, 300_000, 50_000)
+        )
+    )
+    error = raised(read_completion, OK, many)
+    assert type(error) is InvalidResponseError
+    assert "more than 250,000 choices" in str(error)
+    assert error.partial is not None

@@ -14,6 +14,7 @@ from msgspec import UNSET
 from chatkore_async import (
     APIConnectionError,
     APIError,
+    APITimeoutError,
     AsyncChatKore,
     BadRequestError,
     ChatCompletionChunk,
@@ -24,6 +25,7 @@ from chatkore_async import (
     RateLimitError,
     StreamError,
     StreamInterruptedError,
+    Timeout,
 )
 from chatkore_async._events import EventReader
 from chatkore_async.testing import (
@@ -1034,3 +1036,23 @@ def test_readers_have_a_repr() -> None:
     reader = object.__new__(EventReader)
     reader.ended, reader.events = False, [b"x"]
     assert repr(reader) == "<EventReader open holding 1>"
+
+
+async def test_a_stream_of_too_many_parts_at_once(server: ChatKoreServer, client: AsyncChatKore) -> None:
+    """What has too many parts is refused also when its end came with them."""
+    parts = [{"index": n, "delta": {"content": "x"}, "finish_reason": "stop"} for n in range(250_001)]
+    server.script(events({"choices": parts}))
+    async with client.chat.completions.stream(**ASK) as stream:
+        with pytest.raises(InvalidResponseError, match="more than 250,000 choices"):
+            await stream.get_final_completion()
+
+
+async def test_an_event_without_its_end_is_no_first_token(server: ChatKoreServer, client: AsyncChatKore) -> None:
+    """`first_token` passes, or a delta is handed out; not both. A proxy's gzip may keep back the last byte of an event."""
+    server.always(sse(b'data: {"choices":[{"index":0,"delta":{"content":"Hel"}}]}\n', Stall()))
+    with pytest.raises(APITimeoutError) as caught:
+        async with client.chat.completions.stream(**ASK, timeout=Timeout(first_token=0.05)):
+            pass
+    assert caught.value.phase == "first_token"
+    assert caught.value.partial is None
+    assert len(caught.value.attempts) == 2, "what timed out before its first delta is tried once more"
