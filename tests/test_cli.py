@@ -17,7 +17,16 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from chatkore_async import APIError, ConfigurationError, __version__, cli
+from chatkore_async import (
+    APIConnectionError,
+    APIError,
+    APITimeoutError,
+    ConfigurationError,
+    InvalidRequestError,
+    StreamInterruptedError,
+    __version__,
+    cli,
+)
 from chatkore_async.cli._app import App, app
 from chatkore_async.cli._options import debug_option
 from chatkore_async.cli._run import run
@@ -57,7 +66,9 @@ def failing(problem: BaseException) -> App:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("args", [["--help"], ["-h"], ["demo", "--help"]])
+    @pytest.mark.parametrize(
+        "args", [["--help"], ["-h"], *([name, "--help"] for name in ("demo", "chat", "serve", "doctor", "completion"))]
+    )
     def test_fits_a_screen(self, args: list[str]) -> None:
         """Help is at most 24 lines of 80 columns, and has examples."""
         result = CliRunner().invoke(app, args, prog_name="chatkore", terminal_width=80)
@@ -66,7 +77,7 @@ class TestHelp:
         assert len(lines) <= 24
         assert max(map(len, lines)) <= 80
         assert "Examples:" in result.output
-        assert "chatkore demo" in result.output
+        assert f"chatkore {args[0] if len(args) > 1 else 'demo'}" in result.output.partition("Examples:")[2]
 
     def test_lists_every_command(self) -> None:
         """Each command that is listed can be called."""
@@ -87,18 +98,49 @@ class TestHelp:
 
 class TestVersion:
     def test_names_what_a_bug_report_needs(self) -> None:
-        """`--version` names the package, Python and the three libraries underneath."""
+        """`--version` names the package, Python, the three libraries underneath and the event loop."""
         result = CliRunner().invoke(app, ["--version"])
         assert result.output.splitlines() == [
             f"chatkore_async {__version__}",
             f"Python {'.'.join(map(str, sys.version_info[:3]))}",
             *(f"{name} {version(name)}" for name in ("aiohttp", "msgspec", "tenacity")),
+            "event loop asyncio.UnixSelectorEventLoop"
+            if os.name == "posix"
+            else "event loop asyncio.ProactorEventLoop",
         ]
 
     def test_answers_nothing_while_a_shell_completes(self) -> None:
         """A shell that asks for completions is not told versions."""
         with app.make_context("chatkore", ["--version", "demo"], resilient_parsing=True) as ctx:
             assert ctx.params == {}
+
+
+class TestCompletion:
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_prints_code_for_each_shell(self, shell: str) -> None:
+        """What is printed asks `chatkore` itself for the words, in the shell's own language."""
+        result = CliRunner().invoke(app, ["completion", shell])
+        assert result.exit_code == 0
+        assert f"_CHATKORE_COMPLETE={shell}_complete" in result.output
+
+    def test_completes_commands_and_options(self) -> None:
+        """A shell that asks is given the names of commands, and of the options of one."""
+        asked = {"COMP_CWORD": "1", "COMP_WORDS": "chatkore ser", "_CHATKORE_COMPLETE": "bash_complete"}
+        done = CliRunner(env=asked).invoke(app, prog_name="chatkore")
+        assert done.output == "plain,serve\n"
+        asked = {**asked, "COMP_CWORD": "2", "COMP_WORDS": "chatkore demo --se"}
+        assert CliRunner(env=asked).invoke(app, prog_name="chatkore").output == "plain,--seed\n"
+
+    def test_an_old_bash_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the shell is too old for it, the error says which one is needed."""
+
+        def refuse(_: object) -> str:
+            raise RuntimeError("bash 4.4 or later, please")
+
+        monkeypatch.setattr("click.shell_completion.BashComplete.source", refuse)
+        result = CliRunner().invoke(app, ["completion", "bash"])
+        assert result.exit_code == 1
+        assert result.output.startswith("Error: bash 4.4 or later, please\nHint: zsh")
 
 
 class TestErrors:
@@ -109,25 +151,37 @@ class TestErrors:
         assert "dmeo" in result.output
 
     @pytest.mark.parametrize(
-        "problem, line",
+        "problem, line, hint",
         [
-            (ConfigurationError("no API\nkey"), "no API key"),
-            (OSError(28, "No space left"), "[Errno 28] No space left"),
-            (KeyError("x"), "KeyError: 'x'"),
-            (ConfigurationError(), "ConfigurationError: "),
+            (ConfigurationError("no API\nkey"), "no API key", "CHATKORE_API_KEY"),
+            (ConfigurationError(), "ConfigurationError: ", "CHATKORE_API_KEY"),
+            (InvalidRequestError("$.messages is empty"), "$.messages is empty", "--help"),
+            (APIConnectionError("nobody there"), "nobody there", "chatkore doctor"),
+            (APITimeoutError("late", phase="total"), "late", "--timeout"),
+            (StreamInterruptedError("cut"), "cut", "ask again"),
+            (OSError(28, "No space left"), "[Errno 28] No space left", "--debug"),
+            (KeyError("x"), "KeyError: 'x'", "--debug"),
         ],
     )
-    def test_are_one_line_and_a_hint(self, problem: Exception, line: str) -> None:
+    def test_are_one_line_and_a_hint(self, problem: Exception, line: str, hint: str) -> None:
         """An error is a line that says what, a line that says what to do, and status 1."""
         result = CliRunner().invoke(failing(problem), ["fail"])
         assert result.exit_code == 1
-        assert result.output == f"Error: {line}\nHint: run it again with --debug to see where this came from\n"
+        first, second = result.output.splitlines()
+        assert first == f"Error: {line}"
+        assert second.startswith("Hint: ")
+        assert hint in second
+
+    def test_cannot_drive_the_terminal(self) -> None:
+        """What a server says in an error is shown and not obeyed."""
+        result = CliRunner().invoke(failing(APIError("400 \x1b[2J\x9bsorry", hint="\x1b]0;x\x07")), ["fail"])
+        assert result.output == "Error: 400 \ufffd[2J\ufffdsorry\nHint: \ufffd]0;x\ufffd\n"
 
     def test_have_the_hint_of_the_api(self) -> None:
         """An error that knows what to do about it is shown with that, once."""
-        result = CliRunner().invoke(failing(APIError("429 slow down", hint="Buy more")), ["fail"])
+        result = CliRunner().invoke(failing(APIError("429 slow down.", hint="Buy more.")), ["fail"])
         assert result.exit_code == 1
-        assert result.output == "Error: 429 slow down. Hint: Buy more\n"
+        assert result.output == "Error: 429 slow down\nHint: Buy more\n"
 
     @pytest.mark.parametrize("args", [["--debug", "fail"], ["fail", "--debug"]])
     def test_have_a_traceback_with_debug(self, args: list[str]) -> None:
@@ -155,12 +209,14 @@ class TestErrors:
 
 
 class TestProcess:
-    @pytest.mark.parametrize("missing", ["click", "rich"])
+    @pytest.mark.parametrize("missing", ["click", "prompt_toolkit", "rich"])
     def test_a_missing_extra_is_named(self, missing: str) -> None:
-        """Without click or rich there is one line that names the extra, and status 1."""
+        """Without one of the libraries of the extra there is one line that names the extra, and status 1."""
         done = python(f"import sys; sys.modules['{missing}'] = None; from chatkore_async.cli import main; main()")
         assert done.returncode == 1
-        assert done.stderr == "chatkore: the command line needs click and rich: pip install 'chatkore-async[cli]'\n"
+        assert done.stderr == (
+            "chatkore: the command line needs click, prompt-toolkit and rich: pip install 'chatkore-async[cli]'\n"
+        )
         assert done.stdout == ""
 
     def test_a_missing_extra_is_named_here_too(self, monkeypatch: pytest.MonkeyPatch) -> None:

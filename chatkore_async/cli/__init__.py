@@ -1,10 +1,11 @@
 """The command line `chatkore`, of the extra `cli`.
 
-Nothing but the standard library is imported here, so that the answer to a missing click or rich is a sentence.
+Nothing but the standard library is imported here, so that the answer to a missing library is a sentence.
 """
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -13,11 +14,10 @@ __all__ = ["main"]
 def main() -> NoReturn:
     """Run `chatkore` with the arguments of the process, and exit with its status."""
     try:
-        try:
-            import_module("click")
-            import_module("rich")
-        except ModuleNotFoundError:
-            sys.exit("chatkore: the command line needs click and rich: pip install 'chatkore-async[cli]'")
+        if any(find_spec(library) is None for library in ("click", "prompt_toolkit", "rich")):
+            sys.exit(
+                "chatkore: the command line needs click, prompt-toolkit and rich: pip install 'chatkore-async[cli]'"
+            )
         # Not an import statement: it could only stand at the top, before anybody is there to catch what it raises.
         import_module("chatkore_async.cli._app").main()
     except KeyboardInterrupt:

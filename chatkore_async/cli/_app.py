@@ -3,6 +3,7 @@
 Each command is a module of its own, loaded when it is called: `chatkore --help` starts no server and no terminal.
 """
 
+import asyncio
 import contextlib
 import io
 import os
@@ -15,11 +16,18 @@ from typing import Any, NoReturn
 
 import click
 
-from chatkore_async import APIError, ChatKoreError, __version__
+from chatkore_async import __version__
 from chatkore_async.cli._options import debug_option, is_debugging
+from chatkore_async.cli._problems import explained
 from chatkore_async.cli._run import INTERRUPTED
 
-COMMANDS = {"demo": "Watch the client at work on a server of its own: no key, no network."}
+COMMANDS = {
+    "demo": "Watch the client at work on a server of its own: no key, no network.",
+    "chat": "Talk to a model: one question, or a conversation.",
+    "serve": "Serve the API on this machine, for other programs; --llm for a real model.",
+    "doctor": "Check a server, a key and the way there, step by step.",
+    "completion": "Print the code that lets your shell complete commands and options.",
+}
 """Name and summary of each command; `demo` is the attribute `command` of `_demo.py`."""
 
 
@@ -61,17 +69,7 @@ class App(click.Group):
         except Exception as error:
             if is_debugging(ctx):
                 raise
-            raise click.ClickException(_explained(error)) from error
-
-
-def _explained(error: Exception) -> str:
-    """Return what went wrong in one line, and in another what to do about it."""
-    text = " ".join(str(error).split())
-    if isinstance(error, APIError) and error.hint:
-        return text  # which ends with its hint
-    if not text or not isinstance(error, ChatKoreError | OSError):
-        text = f"{type(error).__name__}: {text}"
-    return f"{text}\nHint: run it again with --debug to see where this came from"
+            raise explained(error) from error
 
 
 def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click calls it so
@@ -81,7 +79,15 @@ def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # n
     click.echo(f"Python {platform.python_version()}")
     for name in ("aiohttp", "msgspec", "tenacity"):
         click.echo(f"{name} {version(name)}")
+    click.echo(f"event loop {_event_loop()}")
     ctx.exit()
+
+
+def _event_loop() -> str:
+    """Return the class of the loop that commands run on, as `asyncio.SelectorEventLoop`."""
+    with asyncio.Runner() as runner:
+        kind = type(runner.get_loop())
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__.lstrip('_')}"
 
 
 @debug_option
@@ -90,7 +96,8 @@ def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # n
     epilog="""\b
 Examples:
   chatkore demo              see it work, in a few seconds
-  chatkore demo --help       what a command can do
+  chatkore serve             a server to try things on
+  chatkore chat --help       what a command can do
   chatkore --version         what a bug report should name""",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

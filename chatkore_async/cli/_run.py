@@ -1,8 +1,9 @@
 """Running a coroutine as a command: what Ctrl-C and SIGTERM do to it."""
 
 import asyncio
+import contextlib
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -57,3 +58,40 @@ async def _stoppable(main: Callable[[], Coroutine[Any, Any, int]], caught: list[
         for number, handler in before.items():
             if number not in caught:
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interruptible() -> Generator[None, None, None]:
+    """Let Ctrl-C stop what this block awaits and nothing else: the program goes on after the block.
+
+    It is `asyncio.timeout` with a key in place of a clock. A second SIGINT before the block has ended is the program's
+    again, and one that comes when the block has nothing left to await does nothing.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    pending, before = task.cancelling(), signal.getsignal(signal.SIGINT)
+    running, stopped = True, False
+
+    def cancel() -> None:
+        nonlocal stopped
+        if running:
+            stopped = task.cancel()
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        loop.call_soon_threadsafe(cancel)
+
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not stopped or task.cancelling() > pending + 1:
+            raise
+    finally:
+        running = False
+        if stopped:
+            task.uncancel()
+        # Unless the second one came, and it is up to the program by now.
+        if signal.getsignal(signal.SIGINT) is stop:
+            signal.signal(signal.SIGINT, before)

@@ -67,10 +67,11 @@ class RecordedRequest:
         connection: The number of the connection that brought it, as in :attr:`RecordedConnection.number`.
         received_at: The event loop's time when its head arrived, in seconds.
         outcome: How it ended, ``None`` while it is running.
+        status: The HTTP status that was sent, ``None`` while none was, and for a raw answer.
 
     """
 
-    __slots__ = ("_finished", "body", "connection", "headers", "method", "outcome", "received_at", "url")
+    __slots__ = ("_finished", "body", "connection", "headers", "method", "outcome", "received_at", "status", "url")
 
     def __init__(
         self, *, method: str, url: URL, headers: Mapping[str, str], connection: int, received_at: float
@@ -82,6 +83,7 @@ class RecordedRequest:
         self.connection = connection
         self.received_at = received_at
         self.outcome: Outcome | None = None
+        self.status: int | None = None
         self._finished = asyncio.Event()
 
     @property

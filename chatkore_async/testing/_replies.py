@@ -71,7 +71,9 @@ def stream(
     usage: Mapping[str, object] | bool = True,
     done: bool = True,
     tool_calls: Sequence[Mapping[str, object]] = (),
+    reasoning: str = "",
     model: str | None = None,
+    id: str | None = None,  # noqa: A002 - the field's name on the wire
     headers: _Headers = (),
     latency: float = 0.0,
 ) -> Reply:
@@ -90,13 +92,16 @@ def stream(
         done: Whether ``data: [DONE]`` ends the stream.
         tool_calls: Calls as :func:`tool_call` makes them, streamed after the text: name first, then arguments in
             fragments.
+        reasoning: Streamed before the text, word by word, as ``reasoning_content``.
         model: The model named in each chunk, ``None`` for ``"gpt-4o-mini"``.
+        id: The id in each chunk, ``None`` for the one that all scripted answers have.
         headers: Headers beside those of an event stream.
         latency: Seconds between the request and the status line.
 
     """
-    head = _head(model)
+    head = _head(model, id)
     pieces = split(text_or_pieces) if isinstance(text_or_pieces, str) else list(text_or_pieces)
+    thoughts = [{"reasoning_content": piece} for piece in split(reasoning)]
     calls = list(tool_deltas(tool_calls))
     if calls and finish_reason == "stop":
         finish_reason = "tool_calls"
@@ -104,7 +109,7 @@ def stream(
     steps: list[Step] = [*wait, *(step for _ in range(pings) for step in (Ping(), *wait))]
     steps.append(event(head.chunk(choice("delta", {"role": "assistant", "content": None if calls else ""}))))
     waits = False
-    for piece in [*pieces, *calls]:
+    for piece in [*thoughts, *pieces, *calls]:
         if not isinstance(piece, str | dict):
             steps.append(piece)
             continue
@@ -203,8 +208,8 @@ def raw(*steps: Step, keep_alive: bool = False) -> Raw:
     return Raw(steps, keep_alive)
 
 
-def _head(model: str | None) -> Head:
-    return _HEAD if model is None else Head(_HEAD.id, model)
+def _head(model: str | None, identity: str | None = None) -> Head:
+    return Head(_HEAD.id if identity is None else identity, _HEAD.model if model is None else model)
 
 
 def _usage(text: str, *, given: Mapping[str, object] | bool) -> Mapping[str, object]:

@@ -14,6 +14,7 @@ from aiohttp import HttpVersion11, web
 
 from chatkore_async.testing._answers import answer, model_list
 from chatkore_async.testing._connections import Connections, Played, play, read_body
+from chatkore_async.testing._cors import preflight, shared
 from chatkore_async.testing._records import Outcome, RecordedConnection, RecordedRequest
 from chatkore_async.testing._replies import error
 from chatkore_async.testing._steps import Raw, Reply
@@ -50,6 +51,10 @@ class ChatKoreServer:
         port: The port to listen on; 0 picks a free one.
         max_body_size: Bytes of a request's body above which the answer is 413.
         record: Whether ``requests`` and ``connections`` are kept; off, memory does not grow under load.
+        cors: Whether pages of every origin may call it from a browser: preflights are answered, and each answer but
+            a raw one says so.
+        on_end: Called with each request when it has ended, its ``outcome`` and ``status`` known; also without
+            ``record``. What it raises is raised again where the block of the server ends.
 
     """
 
@@ -67,6 +72,8 @@ class ChatKoreServer:
         port: int = 0,
         max_body_size: int = 256 * 2**20,
         record: bool = True,
+        cors: bool = False,
+        on_end: Callable[[RecordedRequest], object] | None = None,
     ) -> None:
         self.requests: list[RecordedRequest] = []
         self.connections: list[RecordedConnection] = []
@@ -81,6 +88,8 @@ class ChatKoreServer:
         self._port = port
         self._max_body_size = max_body_size
         self._record = record
+        self._cors = cors
+        self._on_end = on_end
         self._script: deque[Reply | Raw] = deque()
         self._always: Reply | Raw | None = None
         self._arrived = 0
@@ -260,13 +269,16 @@ class ChatKoreServer:
         try:
             reply = await self._receive(request, record) or await self._scripted(record) or self._own(record)
             if isinstance(reply, Reply):
+                reply = shared(reply) if self._cors else reply
                 await asyncio.sleep(reply.latency)
+                record.status = reply.status
                 reply = render(reply, http11=request.version >= HttpVersion11, keep_alive=request.keep_alive)
             outcome = await play(request, reply)
         finally:
             # Unless it returned, aiohttp cancelled it since the connection is lost: the server's doing when it closes.
             record.end("cut" if outcome == "gone" and self._web is None else outcome)
             connection.running -= 1
+            self._ended(record)
         return Played(keep_alive=outcome == "answered" and reply.keep_alive)
 
     async def _receive(self, request: web.BaseRequest, record: RecordedRequest) -> Reply | None:
@@ -278,12 +290,23 @@ class ChatKoreServer:
         for n, waiter in self._awaited:
             if n <= self._arrived and not waiter.done():
                 waiter.set_result(None)
+        # Before the key is asked for: a browser sends a preflight without it.
+        if self._cors and (reply := preflight(record.method, record.headers)) is not None:
+            return reply
         given = record.headers.get("Authorization")
         if self._authorization is None or given == self._authorization:
             return None
         if given is None:
             return error(401, "You didn't provide an API key.", type="invalid_request_error")
         return error(401, "Incorrect API key provided.", type="invalid_request_error", code="invalid_api_key")
+
+    def _ended(self, record: RecordedRequest) -> None:
+        if self._on_end is None:
+            return
+        try:
+            self._on_end(record)
+        except Exception as problem:  # noqa: BLE001 - as with a responder
+            self._problem = self._problem or problem
 
     async def _scripted(self, record: RecordedRequest) -> Reply | Raw | None:
         is_chat = _is_chat(record)
