@@ -181,7 +181,7 @@ class Proxy:
         self.tell(signal.SIGCONT)
         await self._end(signal.SIGTERM)
         await self._end(signal.SIGKILL)  # whoever did not listen
-        assert not any(in_use), "a call has ended and has left its connection in use"
+        assert not any(in_use), "a connection is in use: a call runs on, or has left it behind"
 
     async def kill(self) -> None:
         """Kill the program: its connections and its port are closed at once, and nobody takes leave."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 from asking import ASK, ask, attempts, both_ways
-from proxies import PATIENCE, Start, until
+from proxies import PATIENCE, Certificate, Start, until
 
 from chatkore_async import (
     APIConnectionError,
@@ -278,3 +278,23 @@ async def test_deltas_come_without_options(haproxy: Start, server: ChatKoreServe
         seen.set()  # the block is entered with the first delta
         assert (await answer.get_final_completion()).text == "Hello"
     assert await server.requests[0].finished(timeout=PATIENCE) == "answered"
+
+
+@both_ways
+async def test_the_words_of_a_page_without_a_title(haproxy: Start, way: str) -> None:
+    """A page without a title, as HAProxy's, still says in one line what it says: its heading and its text."""
+    client = (await haproxy(server="disabled")).client()
+    with pytest.raises(InternalServerError, match=r"503 Service Unavailable.*No server is available") as caught:
+        await ask(client, way)
+    assert "<" not in str(caught.value)
+
+
+async def test_a_connection_that_closes_while_a_prompt_is_sent(haproxy: Start, certificate: Certificate) -> None:
+    """A connection that breaks while a prompt is sent is told in the system's words: no URL, no words of aiohttp's."""
+    client = (await haproxy(frontend="http-request reject", tls=certificate)).client()
+    messages: list[str] = []
+    for _ in range(20):
+        with pytest.raises(APIConnectionError) as caught:
+            await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x" * 3_000_000}])
+        messages.append(str(caught.value))
+    assert not any("request body" in message or "https://" in message for message in messages)

@@ -323,3 +323,12 @@ async def test_nginx_closes_without_a_word(nginx: Start, way: str, status: int) 
         await ask(client, way)
     assert attempts(caught.value) == ["APIConnectionError"] * 2
     assert (client.pool.open, client.pool.in_use) == (0, 0)
+
+
+async def test_a_redirect_of_the_models(nginx: Start) -> None:
+    """The hint of a redirect names a base_url that works, whatever was asked for."""
+    client = (await nginx(location="return 301 https://relay.example$request_uri;")).client()
+    with pytest.raises(APIStatusError) as caught:
+        await client.models.list()
+    assert caught.value.hint is not None
+    assert "base_url at https://relay.example/v1/models" not in caught.value.hint
