@@ -4,6 +4,7 @@ import asyncio
 import errno
 import io
 import json
+import logging
 import os
 import re
 import runpy
@@ -36,7 +37,7 @@ from chatkore_async.cli._llm import BUNDLED, cause, find_model, serve_model
 from chatkore_async.cli._problems import Problem
 from chatkore_async.cli._screen import Plain
 from chatkore_async.cli._serve import serve, serve_llm
-from chatkore_async.cli._service import Service, has_room, shown
+from chatkore_async.cli._service import Complaints, Service, has_room, shown
 from chatkore_async.testing import ChatKoreServer
 
 fcntl = pytest.importorskip("fcntl")  # what is tested here of processes and pipes is POSIX
@@ -270,9 +271,8 @@ class TestShown:
 
     async def test_nothing_is_remembered(self, session: aiohttp.ClientSession) -> None:
         """Requests that have ended leave nothing behind, so that it can run for days."""
-        service = Service(
-            Pace(), director=Director(rules({"every": 2, "status": 503})), limit=RequestLimit(10**6, float)
-        )
+        director, limit = Director(rules({"every": 2, "status": 503})), RequestLimit(10**6, float)
+        service = Service(Pace(), director=director, limit=limit, show=str)
         async with ChatKoreServer(handler=service.respond, on_end=service.end, record=False) as server:
             for _ in range(20):
                 await ask(session, server.base_url)
@@ -300,6 +300,32 @@ class TestShown:
         """Text up to the limit is shown whole, and longer text says that it was cut."""
         assert shown("x" * 60) == "x" * 60
         assert shown("x" * 61) == "x" * 59 + "…"
+
+    async def test_what_is_no_request(self) -> None:
+        """Bytes that are no HTTP, as from a browser that was told https, are one line, and no traceback."""
+        async with serving() as (url, screen):
+            for sent in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET / HTTP/1.1\r\nBad Header\x1b[2J\r\n\r\n"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
+                writer.write(sent)
+                assert (await soon(reader.read())).startswith(b"HTTP/1.0 400 ")
+                writer.close()
+            await screen.shows(r"^\d\d:\d\d:\d\d  error: 400, message: .*Bad Header")
+        assert "\x1b" not in "".join(screen.lines)
+
+    def test_complaints_are_shown_in_their_words(self) -> None:
+        """What a server logs is shown with or without an error, and a reader that has left is nothing new to it."""
+        lines: list[str] = []
+        logger = logging.getLogger("chatkore_async.test.complaints")
+        with Complaints(lines.append).of(logger.name):
+            logger.warning("slow\ndown")
+
+        def fail(_: str) -> None:
+            raise BrokenPipeError
+
+        with Complaints(fail).of(logger.name):
+            logger.warning("nobody reads this")
+        assert re.fullmatch(r"\d\d:\d\d:\d\d  error: slow down", lines[0])
+        assert (logger.handlers, logger.propagate) == ([], True)
 
     async def test_a_screen_that_cannot_be_written(self, session: aiohttp.ClientSession) -> None:
         """When lines cannot be written any more, it ends with what the system says, and only once."""

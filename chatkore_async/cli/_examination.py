@@ -55,7 +55,7 @@ class Examination:
     """Looks at a server step by step, and shows what it finds as it goes.
 
     Attributes:
-        base_url: as the client has it; `""` when it refuses what was given.
+        base_url: as the client has it, without secrets; `""` when it refuses what was given.
         findings: one for each of `STEPS` in the end.
 
     Args:
@@ -100,13 +100,14 @@ class Examination:
     async def _way(self) -> tuple[Route | None, str]:
         """Take the steps up to TLS; return the way to the server, or why it ends before it."""
         try:
-            self.base_url = AsyncChatKore(api_key=KEYLESS, base_url=self._account.url).base_url
+            base_url = AsyncChatKore(api_key=KEYLESS, base_url=self._account.url).base_url
         except ConfigurationError as error:
             self._note(examine_url(self._account.url, None, str(error)))
             return None, "the base URL is none"
-        self._note(examine_url(self._account.url, self.base_url))
-        choice = choose_proxy(self.base_url, self._proxies, self._environ, urllib.request.proxy_bypass)
-        parts = urlsplit(self.base_url)
+        self.base_url = self._mask(base_url)
+        self._note(examine_url(self._account.url, base_url))
+        choice = choose_proxy(base_url, self._proxies, self._environ, urllib.request.proxy_bypass)
+        parts = urlsplit(base_url)
         tls = parts.scheme == "https"
         host = parts.hostname or ""
         route = Route(host=host, port=parts.port or (443 if tls else 80), tls=tls, path=parts.path, proxy=choice.proxy)

@@ -65,7 +65,7 @@ class Questions:
         """
         began = time.perf_counter()
         models = await self._client.models.list()
-        return [one_line(self._mask(model.id)) for model in models], time.perf_counter() - began
+        return [one_line(self._mask(model.id)) for model in models if model.id.strip()], time.perf_counter() - began
 
     async def call(self, model: str) -> Answered:
         """Return the answer to a short question.

@@ -21,7 +21,7 @@ from chatkore_async.cli._llm import BUNDLED, find_model, serve_model
 from chatkore_async.cli._options import debug_option, is_debugging
 from chatkore_async.cli._run import run
 from chatkore_async.cli._screen import Screen, make_screen
-from chatkore_async.cli._service import Service, has_room
+from chatkore_async.cli._service import Complaints, Service, has_room
 from chatkore_async.cli._tally import listed
 from chatkore_async.testing import ChatKoreServer
 
@@ -59,14 +59,14 @@ async def serve(
     """
 
     def show(line: str) -> None:
-        if has_room():
+        if not quiet and has_room():
             screen.line(line)
 
     service = Service(
         pace,
         director=None if script is None else Director(script),
         limit=None if per_minute is None else RequestLimit(per_minute, time.monotonic),
-        show=None if quiet else show,
+        show=show,
     )
     server = ChatKoreServer(
         host=host,
@@ -79,9 +79,10 @@ async def serve(
         cors=True,
     )
     try:
-        async with _listening(server, host, port):
-            announce(screen, host, base_url(host, server.port), keyed=key is not None)
-            return await service.broken
+        with Complaints(show).of("aiohttp.server"):
+            async with _listening(server, host, port):
+                announce(screen, host, base_url(host, server.port), keyed=key is not None)
+                return await service.broken
     except asyncio.CancelledError:
         ended = service.ended
         what = f"Requests: {ended.total()} ({listed(ended)})" if ended else "No request came"

@@ -1,11 +1,13 @@
 """What `chatkore serve` does with each request: it is answered, counted and shown."""
 
 import asyncio
+import contextlib
+import logging
 import select
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import msgspec
 
@@ -50,7 +52,7 @@ class Service:
         *,
         director: Director | None = None,
         limit: RequestLimit | None = None,
-        show: Callable[[str], object] | None = None,
+        show: Callable[[str], object],
     ) -> None:
         self.ended: Counter[str] = Counter()
         self.broken: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -88,14 +90,43 @@ class Service:
         outcome = request.outcome
         assert outcome is not None
         self.ended[str(request.status or "raw") if outcome == "answered" else outcome] += 1
-        if self._show is None:
-            return
         seconds = asyncio.get_running_loop().time() - request.received_at
         try:
             self._show(f"{time.strftime('%H:%M:%S')}  {described(request, note, seconds)}")
         except OSError as error:  # nobody reads our output any more, or the disk is full
             if not self.broken.done():
                 self.broken.set_exception(error)
+
+
+class Complaints(logging.Handler):
+    """Show what a server logs, such as bytes that are no HTTP, as a line each, without the traceback.
+
+    Args:
+        show: is given the line.
+    """
+
+    def __init__(self, show: Callable[[str], object]) -> None:
+        super().__init__()
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the line."""
+        error = record.exc_info[1] if record.exc_info else None
+        said = " ".join(str(error or record.getMessage()).split())
+        with contextlib.suppress(OSError):  # the next request tells that nobody reads it
+            self._show(f"{time.strftime('%H:%M:%S')}  error: {shown(said, 100)}")
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Generator[None, None, None]:
+        """Take over all that a logger is told."""
+        logger = logging.getLogger(name)
+        propagates, logger.propagate = logger.propagate, False
+        logger.addHandler(self)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+            logger.propagate = propagates
 
 
 def has_room() -> bool:

@@ -93,7 +93,7 @@ _MEANINGS: dict[Kind, tuple[str, str]] = {
     ),
     "unknown-host": (
         "The name of {what} has no address here: it is misspelt, or known only in another network.",
-        "Check the host's name, and whether a VPN is needed for it.",
+        "Check the host's name, and whether a VPN is needed for it. Where only a proxy leads out, set HTTPS_PROXY.",
     ),
     "no-resolver": (
         "The resolver of this machine gave no answer: it may have no network.",
