@@ -143,6 +143,15 @@ class TestCompletion:
         assert result.output.startswith("Error: bash 4.4 or later, please\nHint: zsh")
 
 
+class TestTimeout:
+    @pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "soon"])
+    def test_is_a_length_of_time(self, value: str) -> None:
+        """`--timeout` takes seconds, and what is none is wrong usage."""
+        result = CliRunner().invoke(app, ["chat", "--timeout", value, "Hello"])
+        assert result.exit_code == 2
+        assert "--timeout" in result.output
+
+
 class TestErrors:
     def test_an_unknown_command_is_wrong_usage(self) -> None:
         """A command that is none has status 2, and is named."""

@@ -32,7 +32,7 @@ from chatkore_async import (
     RetryPolicy,
     Timeout,
 )
-from chatkore_async._foreign import mapped
+from chatkore_async._foreign import mapped, reason
 from chatkore_async._proxies import checked_proxy, environment_proxy
 from chatkore_async.testing import (
     ChatKoreServer,
@@ -836,3 +836,9 @@ async def test_many_failures_leave_nothing_open(server: ChatKoreServer) -> None:
         assert (client.pool.in_use, client.pool.waiting) == (0, 0)
         await client.chat.completions.create(**ASK)
     gc.collect()
+
+
+def test_a_request_that_could_not_be_sent_out_is_told_without_its_url() -> None:
+    """aiohttp's words name the whole URL, query and all; ours say what happened."""
+    cause = aiohttp.ClientOSError(None, "Can not write request body for https://host/v1/chat/completions?secret=1")
+    assert reason(cause) == "the server closed it while the request was sent"

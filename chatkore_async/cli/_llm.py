@@ -17,6 +17,7 @@ import msgspec
 from chatkore_async.cli._listen import base_url
 from chatkore_async.cli._llama import ModelServer
 from chatkore_async.cli._problems import Problem
+from chatkore_async.cli._stdout import while_read
 
 BUNDLED = "SmolLM2-135M/"
 """What stands for no path: it ends like a folder, so that no file is called like this."""
@@ -72,6 +73,7 @@ async def serve_model(asked: ModelServer, announce: Callable[[str], object]) -> 
 
     Raises:
         Problem: llama.cpp does not start, or has ended by itself.
+        BrokenPipeError: whoever read our output has left.
     """
     async with _llama(asked) as (process, words):
         assert process.stdout is not None
@@ -83,7 +85,8 @@ async def serve_model(asked: ModelServer, announce: Callable[[str], object]) -> 
             why = cause(said) if status >= 0 else _ending(status)
             raise Problem(f"llama.cpp does not serve {asked.model}: {why}", "--debug shows all that it says")
         announce(base_url(asked.host, int(address[1])))
-        status = await process.wait()
+        with while_read():
+            status = await process.wait()
         raise Problem(
             f"llama.cpp has ended by itself ({_ending(status)})",
             "out of memory? Fewer --slots, a smaller --context or model need less; --debug shows what it says",

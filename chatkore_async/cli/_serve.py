@@ -21,7 +21,8 @@ from chatkore_async.cli._llm import BUNDLED, find_model, serve_model
 from chatkore_async.cli._options import debug_option, is_debugging
 from chatkore_async.cli._run import run
 from chatkore_async.cli._screen import Screen, make_screen
-from chatkore_async.cli._service import Complaints, Service, has_room
+from chatkore_async.cli._service import Complaints, Service
+from chatkore_async.cli._stdout import has_room, while_read
 from chatkore_async.cli._tally import listed
 from chatkore_async.testing import ChatKoreServer
 
@@ -82,7 +83,8 @@ async def serve(
         with Complaints(show).of("aiohttp.server"):
             async with _listening(server, host, port):
                 announce(screen, host, base_url(host, server.port), keyed=key is not None)
-                return await service.broken
+                with while_read():
+                    return await service.broken
     except asyncio.CancelledError:
         ended = service.ended
         what = f"Requests: {ended.total()} ({listed(ended)})" if ended else "No request came"

@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import select
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -127,18 +125,6 @@ class Complaints(logging.Handler):
         finally:
             logger.removeHandler(self)
             logger.propagate = propagates
-
-
-def has_room() -> bool:
-    """Tell whether standard output takes a line without waiting.
-
-    A pipe that nobody reads does not, nor does a terminal after Ctrl-S. A server that waited for them would answer
-    nobody; rather the line is left out.
-    """
-    try:
-        return bool(select.select([], [sys.stdout], [], 0)[1])
-    except (OSError, ValueError):  # it is no file, or (on Windows) none that can be asked
-        return True
 
 
 def described(request: RecordedRequest, note: Note | None, seconds: float) -> str:

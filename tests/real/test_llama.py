@@ -312,10 +312,12 @@ class TestConnections:
     async def test_a_connection_that_was_idle_for_too_long(self, client: AsyncChatKore, llama: Served) -> None:
         """llama.cpp closes a connection after five idle seconds; the next call takes a new one."""
         await client.models.list()
-        # Opened later and as idle as the client's: when this one is closed, the other has been.
+        # Idle from a later moment on, by the time that an answer takes: when this one is closed, the client's has been.
         port = int(llama.base_url.split("/")[2].rsplit(":", 1)[1])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n\r\n" % KEY.encode())
+        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert b"Keep-Alive: timeout=5, max=100" in await soon(reader.read())
         writer.close()
         await client.models.list()
