@@ -4,6 +4,7 @@ import ast
 import asyncio
 import inspect
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -142,7 +143,9 @@ def run_as_tests(code: str, place: Path) -> None:
     (place / "test_page.py").write_text(code)
     options = ["-q", "-W", "error", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function"]
     command = [sys.executable, "-m", "pytest", *options, str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, check=False, timeout=60)
+    # Options that this suite was started with are not the page's.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
