@@ -131,11 +131,14 @@ class Accumulator:
         items: list[Any] = [item for item in whole.get("choices") or () if isinstance(item, dict)]
         for choice, item in zip(chunk.choices, items, strict=False):
             so_far = self._choices.get(choice.index)
-            if so_far is None or item.get("delta") or not choice.delta.content:
+            said = choice.delta.content
+            # What repeats all pieces is at least as long as they are many. To join them for every message would take
+            # more than linear time.
+            if so_far is None or item.get("delta") or not said or len(said) < len(so_far.content):
                 continue
             # Some relays call their deltas messages, and a short one may be the same as all before it.
             ends = choice.finish_reason or so_far.finish_reason or chunk.object == "chat.completion"
-            if ends and choice.delta.content == _joined(so_far.content):
+            if ends and said == _joined(so_far.content):
                 choice.delta = ChoiceDelta()
 
     def completion(self) -> ChatCompletion:

@@ -280,7 +280,7 @@ class Completions:
         limit = self._client._manager.limits.max_body_size
 
         async def receive(exchange: Exchange) -> ChatCompletion:
-            healthy = 200 <= exchange.status < 300
+            healthy = exchange.is_success
             # Not by way of a name: the body may echo the key, and tracebacks show locals.
             return read_completion(
                 call.head,
@@ -371,7 +371,7 @@ class Models:
         call = client._call(settings, Outgoing("GET", url, None, "", _extra_headers(extra_headers, None)))
 
         async def receive(exchange: Exchange) -> "list[Model]":
-            healthy = 200 <= exchange.status < 300
+            healthy = exchange.is_success
             limit = client._manager.limits.max_body_size if healthy else MAX_BODY
             return read_models(call.head, await exchange.read(limit, cut=not healthy))
 

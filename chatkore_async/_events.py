@@ -27,7 +27,7 @@ class _AnswerTooLargeError(EventTooLargeError):
 class _CrowdedError(EventTooLargeError):
     """An event would take out of all proportion more memory than it has bytes."""
 
-    hint = ""
+    hint = None
 
 
 class EventReader:
@@ -50,7 +50,6 @@ class EventReader:
         "_began",
         "_blank",
         "_body",
-        "_body_size",
         "_call",
         "_decoder",
         "_exchange",
@@ -74,7 +73,7 @@ class EventReader:
         self._decoder = Decoder(limits.max_event_size)
         self._began = 0.0  # when the wait began, in the event loop's time
         self._filled = 0  # events that the last wait brought
-        self.skipped = -1
+        self.skipped = -1  # not as many as came: the first wait has none to go on with
         self._size = 0  # bytes so far
         self._last_event = 0  # bytes so far when there was an event last
         self._blank: bytes | None = b""  # what came before the first byte that tells what the body is

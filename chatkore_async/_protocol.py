@@ -3,7 +3,6 @@
 Bytes and headers become a result or a typed error here, for awaited calls and for single events of a stream.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -195,12 +194,10 @@ def begins_event_stream(data: bytes) -> bool:
     return not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"{", b"[", b"<"))
 
 
-_DONE_AFTER = re.compile(rb"\s*^data:\s*\[DONE\]\s*\Z", re.MULTILINE)
-
-
 def without_done(body: bytes) -> bytes:
     """Return a body without the `[DONE]` that relays write after whatever they passed on (E14)."""
-    return _DONE_AFTER.sub(b"", body) if b"[DONE]" in body[-64:] else body
+    before, _, after = body.rpartition(b"data:")
+    return before.rstrip() if after.strip() == b"[DONE]" and before.endswith((b"\n", b"\r")) else body
 
 
 def _looks_like_events(body: bytes) -> bool:

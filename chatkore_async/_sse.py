@@ -42,7 +42,7 @@ class Event(bytes):
 class EventTooLargeError(Exception):
     """One event grew beyond `max_event_size` bytes; or, where `hint` says so, another limit was met."""
 
-    hint = "raise Limits.max_event_size"
+    hint: str | None = "raise Limits.max_event_size"
 
 
 class Decoder:

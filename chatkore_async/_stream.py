@@ -329,7 +329,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         call = self._call
         assert call is not None
         call.answered()
-        if not 200 <= exchange.status < 300:
+        if not exchange.is_success:
             body = await exchange.read(MAX_BODY, cut=True)
             error = read_error(call.head, body) or not_the_api(call.head, body, None)
             body = b""  # it may echo the key, and tracebacks show locals
@@ -398,7 +398,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         if reader.stray and (error := read_error(call.head, reader.stray)):
             return error
         if isinstance(reader.cause, EventTooLargeError):
-            return InvalidResponseError(str(reader.cause), hint=reader.cause.hint or None)
+            return InvalidResponseError(str(reader.cause), hint=reader.cause.hint)
         if reader.cause is None:
             return StreamInterruptedError("the stream ended before it was finished")
         return StreamInterruptedError(f"the stream broke off: {reason(reader.cause)}")
@@ -408,7 +408,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         if reader.stray and (error := read_error(call.head, reader.stray)):
             return error
         if isinstance(reader.cause, EventTooLargeError):
-            return InvalidResponseError(str(reader.cause), hint=reader.cause.hint or None)
+            return InvalidResponseError(str(reader.cause), hint=reader.cause.hint)
         if reader.cause is not None:
             return mapped(reader.cause, sent=True)
         if reader.stray:

@@ -75,6 +75,11 @@ class Exchange:
     def __repr__(self) -> str:
         return f"<Exchange {self.status} {'open' if self._pool else 'let go'}>"
 
+    @property
+    def is_success(self) -> bool:
+        """Whether the status promises an answer: 200, or what a framework made of it (E14)."""
+        return 200 <= self.status < 300
+
     async def read(
         self, limit: int | None, *, cut: bool = False, is_whole: Callable[[bytes], bool] | None = None
     ) -> bytes:

@@ -69,11 +69,10 @@ class Terminal:
         done = subprocess.run(["tmux", "-L", self._socket, *words], check=True, capture_output=True, text=True)
         return done.stdout
 
-    def type(self, text: str, *, enter: bool = True) -> None:
+    def type(self, text: str) -> None:
         """Type a line."""
         self._tmux("send-keys", "-l", text)
-        if enter:
-            self.press("Enter")
+        self.press("Enter")
 
     def press(self, key: str) -> None:
         """Press a key by tmux's name for it, such as `C-c`."""
@@ -146,18 +145,8 @@ def serve(terminal: Terminal) -> None:
     terminal.wait("Ctrl-C stops it")
     url = "http://127.0.0.1:8000"
     for stream in ("", "--no-stream", "", ""):
-        command = [
-            sys.executable,
-            "-m",
-            "chatkore_async.cli",
-            "chat",
-            "--base-url",
-            url,
-            "-q",
-            *stream.split(),
-            "Hello",
-        ]
-        subprocess.run(command, check=False, capture_output=True)
+        ask = ["chat", "--base-url", url, "-q", *stream.split(), "Hello"]
+        subprocess.run([sys.executable, "-m", "chatkore_async.cli", *ask], check=False, capture_output=True)
     terminal.wait(r"cut")
     terminal.press("C-c")
     terminal.wait(r"Stopped.*\n[\s\S]*\$$")

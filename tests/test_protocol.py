@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 import traceback
 from types import FrameType
 from typing import Any
@@ -446,3 +447,11 @@ def test_an_event_stream_of_too_many_parts_is_refused() -> None:
     assert type(error) is InvalidResponseError
     assert "more than 250,000 choices" in str(error)
     assert error.partial is not None
+
+
+def test_a_body_of_blanks_is_read_in_linear_time() -> None:
+    """An answer that is all blanks before its `[DONE]` is refused at once, however many there are."""
+    began = time.process_time()
+    assert type(raised(read_completion, OK, b"{" + b"\n" * 1_000_000 + b"x[DONE]")) is InvalidResponseError
+    assert type(raised(read_completion, OK, b"{" + b"\n" * 1_000_000 + b"data: [DONE]")) is InvalidResponseError
+    assert time.process_time() - began < 20, "seconds; quadratic it were hours"
