@@ -4,7 +4,7 @@ Chunks are put aside as they come and merged in batches, in one tight loop: a co
 an `append` for each. Texts are kept in pieces and joined when a completion is asked for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -79,33 +79,54 @@ class Accumulator:
 
     def merge(self) -> None:
         """Merge what is pending."""
-        pending, self.pending = self.pending, []
-        if self.overflowed:
-            return
-        head = self._head
-        for chunk in pending:
-            if not head.id or not head.model or not head.created:
-                self._take_head(chunk)
+        if not self.overflowed:
+            self._merge(self.pending)
+            self.overflowed = self._parts > MAX_PARTS
+        self.pending.clear()  # and not a new list: a stream has this one at hand
+
+    def _merge(self, chunks: Sequence[ChatCompletionChunk]) -> None:
+        head, choices = self._head, self._choices
+        has_head = False
+        for chunk in chunks:
+            if not has_head:
+                has_head = self._take_head(chunk)
             if chunk.usage is not None and chunk.usage != _NO_TOKENS:
                 self.usage = chunk.usage  # C6: the last one wins, they are never summed
-            if chunk.system_fingerprint is not None:
-                head.system_fingerprint = chunk.system_fingerprint
             if chunk.service_tier is not None:
                 head.service_tier = chunk.service_tier
             for choice in chunk.choices:
-                so_far = self._choices.get(choice.index)
+                so_far = choices.get(choice.index)
                 if so_far is None:
-                    so_far = self._choices[choice.index] = _ChoiceSoFar()
+                    so_far = choices[choice.index] = _ChoiceSoFar()
                     self._parts += 1
-                self._parts += so_far.add(choice)
-        self.overflowed = self._parts > MAX_PARTS
+                delta = choice.delta
+                if delta.content is not None:
+                    so_far.content.append(delta.content)
+                    so_far.started = True
+                if (
+                    choice.finish_reason is not None
+                    or delta.role is not None
+                    or delta.reasoning_content is not None
+                    or delta.tool_calls is not None
+                    or delta.refusal is not None
+                    or choice.logprobs is not None
+                    or delta.function_call is not None
+                    or delta.annotations is not None
+                    or delta.audio is not None
+                ):
+                    self._parts += so_far.add_rest(choice)
+        for chunk in reversed(chunks):  # nearly always it is in the very last
+            if chunk.system_fingerprint is not None:
+                head.system_fingerprint = chunk.system_fingerprint
+                break
 
-    def _take_head(self, chunk: ChatCompletionChunk) -> None:
-        """C1: the first id, model and time that are not empty win."""
+    def _take_head(self, chunk: ChatCompletionChunk) -> bool:
+        """C1: the first id, model and time that are not empty win. Tell whether all are there."""
         head = self._head
         head.id = head.id or chunk.id
         head.model = head.model or chunk.model
         head.created = head.created or chunk.created
+        return bool(head.id and head.model and head.created)
 
     @property
     def started(self) -> bool:
@@ -181,12 +202,9 @@ class _ChoiceSoFar:
         self.annotations: list[Annotation] = []
         self.audio: _AudioSoFar | None = None
 
-    def add(self, choice: ChunkChoice) -> int:
-        """Take in a delta, and return how many parts it brought that are no text."""
+    def add_rest(self, choice: ChunkChoice) -> int:
+        """Take in what a delta has beside its content, and return how many parts it brought that are no text."""
         delta, parts = choice.delta, 0
-        if delta.content is not None:
-            self.content.append(delta.content)
-            self.started = True
         if choice.finish_reason is not None:
             self.finish_reason = self.finish_reason or choice.finish_reason  # C9: once seen, it stays
             self.started = True

@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from . import _hooks
 from ._config import Secret, checked_key, conceal, merge_headers
@@ -28,6 +28,9 @@ from ._words import masked
 from .errors import APIError, APITimeoutError, ConfigurationError, Phase, StreamStalledError
 
 T = TypeVar("T")
+
+Receive: TypeAlias = Callable[["Call", Exchange], Awaitable[T]]
+"""Reads an answer: what it returns is the call's result, what it raises its failure."""
 
 _NO_PERMIT = object()  # a limiter's own permit may be anything, `None` too
 
@@ -50,6 +53,9 @@ class Call:
         outgoing: the encoded request.
         pool: the running loop's.
         bucket: the client's retry budget.
+
+    Attributes:
+        waiting_since: when the reader of a stream began to wait for its next event; `NEVER` while it does not.
     """
 
     __slots__ = (
@@ -59,7 +65,6 @@ class Call:
         "_deadline",
         "_expired",
         "_first_token_at",
-        "_idle_at",
         "_permit",
         "_phase",
         "_task",
@@ -71,6 +76,7 @@ class Call:
         "outgoing",
         "pool",
         "settings",
+        "waiting_since",
     )
 
     head: Head
@@ -85,7 +91,7 @@ class Call:
         self.exchange: Exchange | None = None
         self._phase: Phase = "answer"
         self._expired: Phase | None = None
-        self._total_at = self._first_token_at = self._idle_at = NEVER
+        self._total_at = self._first_token_at = self.waiting_since = NEVER
         self._task: asyncio.Task[Any] | None = None
         self._cancelling = 0
         self._cancelled_it = False
@@ -95,7 +101,7 @@ class Call:
     def __repr__(self) -> str:
         return f"<Call {self.outgoing.method} {self.outgoing.url} {self._phase}>"
 
-    async def run(self, receive: Callable[[Exchange], Awaitable[T]]) -> T:
+    async def run(self, receive: Receive[T]) -> T:
         """Make attempts until one succeeds or none is left, and return what `receive` made of its answer.
 
         When this returns, the call is not over: a stream goes on under its deadline. Whoever called calls `end`.
@@ -106,11 +112,12 @@ class Call:
         notes = self.notes
         task = self._task = asyncio.current_task()
         self._cancelling = task.cancelling() if task is not None else 0
-        total = self.settings.timeout.total_for(stream=self.outgoing.stream)
-        if total is not None and not self._counts_from_admission:
+        settings = self.settings
+        total = settings.timeout.total_for(stream=self.outgoing.stream)
+        if total is not None and (settings.limiter is None or not self._counts_from_admission):
             self._total_at = notes.started + total
         self._deadline = self.pool.deadlines.set(self._total_at, self._expire)
-        if self.settings.hooks:
+        if settings.hooks:
             self._announce()
         try:
             try:
@@ -135,7 +142,7 @@ class Call:
             self.end("error" if isinstance(error, Exception) else "cancelled", error)
             raise
 
-    async def _retry(self, error: APIError, receive: Callable[[Exchange], Awaitable[T]]) -> T:
+    async def _retry(self, error: APIError, receive: Receive[T]) -> T:
         retries = Retries(self.settings.policy, self._bucket)
 
         def again(failure: BaseException) -> float | None:
@@ -149,9 +156,9 @@ class Call:
 
         return await retry(error, attempt, again=again, sleep=asyncio.sleep)
 
-    async def _attempt(self, receive: Callable[[Exchange], Awaitable[T]], waited: float) -> T:
+    async def _attempt(self, receive: Receive[T], waited: float) -> T:
         """Make one attempt: leave, place, request, answer."""
-        pool, notes = self.pool, self.notes
+        pool, notes, settings, outgoing = self.pool, self.notes, self.settings, self.outgoing
         loop = pool.loop
         if notes.attempts:
             notes.begin_attempt(loop.time(), waited)
@@ -159,30 +166,28 @@ class Call:
             self._phase = "answer"
         exchange: Exchange | None = None
         try:
-            settings = self.settings
-            headers, secret = self.outgoing.headers, settings.endpoint.key
+            headers, secret = outgoing.headers, settings.endpoint.key
             if settings.hooks or settings.endpoint.headers is not pool.headers or not isinstance(secret, Secret):
                 headers, secret = await self._headers()
             notes.secret = secret
-            if self.settings.limiter is not None:
-                await self._ask(self.settings.limiter)
+            if settings.limiter is not None:
+                await self._ask(settings.limiter)
             host_place = None
             if pool.limits_hosts or not pool.slots.take():
                 host_place = await self._take_place()
             now = notes.sent = loop.time()
-            self._phase = "answer"
-            if self.outgoing.stream:
+            if outgoing.stream:
                 self._watch_stream(now)
             try:
                 exchange = await pool.send(
-                    self.outgoing.method,
-                    self.outgoing.url,
-                    self.outgoing.body,
+                    outgoing.method,
+                    outgoing.url,
+                    outgoing.body,
                     headers,
                     host_place=host_place,
-                    connect=self.settings.timeout.connect,
-                    proxy=self.settings.proxy,
-                    ssl=self.settings.ssl,
+                    connect=settings.timeout.connect,
+                    proxy=settings.proxy,
+                    ssl=settings.ssl,
                 )
             except BaseException:
                 pool.slots.release()
@@ -195,7 +200,7 @@ class Call:
             notes.status = exchange.status
             notes.headers = exchange.headers
             self.head = Head(exchange.status, exchange.headers, secret)
-            return await receive(exchange)
+            return await receive(self, exchange)
         except APIError as error:
             if self._expired is not None:
                 # The read failed because the deadline closed its connection.
@@ -216,7 +221,7 @@ class Call:
                 raise timeout from cancelled
             raise
         finally:
-            if exchange is not None and not self.outgoing.stream:
+            if exchange is not None and not outgoing.stream:
                 exchange.abort()  # does nothing to one that was read to its end
                 self.exchange = None
 
@@ -253,16 +258,16 @@ class Call:
                 attempt=len(self.notes.attempts) + 1,
             )
         )
+        self._phase = "answer"
         if self._counts_from_admission and self._total_at == NEVER:
             total = self.settings.timeout.total_for(stream=False)
             self._total_at = self.pool.loop.time() + (NEVER if total is None else total)
-            self._reset_deadline()
+            self._look_at(self._total_at)
 
     @property
     def _counts_from_admission(self) -> bool:
         """A default that nobody chose does not count the time in a queue that somebody did choose."""
-        settings = self.settings
-        return settings.limiter is not None and settings.timeout.leaves_total_alone and not self.outgoing.stream
+        return self.settings.timeout.leaves_total_alone and not self.outgoing.stream
 
     async def _take_place(self) -> Any:
         """Wait for a place, the host's first, and return the host's, where hosts are limited."""
@@ -279,6 +284,7 @@ class Call:
                 if host_place is not None:
                     host_place.release()
                 raise
+        self._phase = "answer"
         return host_place
 
     # Deadlines. One entry in the loop's heap serves the call; what it stands for is decided when it comes up.
@@ -286,19 +292,8 @@ class Call:
     def _watch_stream(self, now: float) -> None:
         timeout = self.settings.timeout
         self._first_token_at = NEVER if timeout.first_token is None else now + timeout.first_token
-        self._idle_at = NEVER if timeout.idle is None else now + timeout.idle
-        self._reset_deadline()
-
-    def wait_for_event(self, now: float) -> None:
-        """Begin to count the idle time of a stream."""
-        if self.settings.timeout.idle is not None:
-            self._idle_at = now + self.settings.timeout.idle
-            self._reset_deadline()
-
-    def stop_waiting(self) -> None:
-        """Stop to count: whatever the reader of an event does with it, the server is not idle meanwhile."""
-        self._idle_at = NEVER
-        self._deadline.when = min(self._total_at, self._first_token_at)
+        self.waiting_since = now
+        self._look_at(self._next_deadline(now))
 
     def answered(self) -> None:
         """The status line of a stream came; now its first delta is waited for."""
@@ -308,28 +303,38 @@ class Call:
         """The first delta of a stream came."""
         self._phase = "total"
         self._first_token_at = NEVER
-        self.stop_waiting()
         sent = self.notes.sent
         self.notes.first_token = now
         if self.settings.hooks and sent is not None:
             _hooks.notify(self.settings.hooks, "on_first_token", _hooks.FirstToken(call_id=self.id, elapsed=now - sent))
 
-    def _reset_deadline(self) -> None:
+    def _next_deadline(self, now: float) -> float:
+        """The earliest moment at which one of the deadlines can pass.
+
+        A stream that is not waited for now may be so in a moment: then it is idle from then on.
+        """
+        idle = self.settings.timeout.idle if self.outgoing.stream else None
+        idle_at = NEVER if idle is None else min(now, self.waiting_since) + idle
+        return min(self._total_at, self._first_token_at, idle_at)
+
+    def _look_at(self, when: float) -> None:
         deadline = self._deadline
-        deadline.when = min(self._total_at, self._first_token_at, self._idle_at)
-        if deadline.when < deadline.seen_at:
+        deadline.when = when
+        if when < deadline.seen_at:
             self.pool.deadlines.watch(deadline)
 
-    def _expire(self) -> None:
-        """A deadline passed. Runs in the loop's timer."""
-        passed = min(self._total_at, self._first_token_at, self._idle_at)
-        if passed == self._total_at:
+    def _expire(self) -> float | None:
+        """A deadline may have passed. Runs in the loop's timer; answers when to look again."""
+        now = self.pool.loop.time()
+        coming = self._next_deadline(now)
+        if coming > now:
+            return coming
+        if coming == self._total_at:
             self._expired = "total"
         else:
-            self._expired = "first_token" if passed == self._first_token_at else "idle"
+            self._expired = "first_token" if coming == self._first_token_at else "idle"
             # The next attempt is watched anew, and the total goes on meanwhile.
-            self._first_token_at = self._idle_at = NEVER
-            self._deadline = self.pool.deadlines.set(self._total_at, self._expire)
+            self._first_token_at = self.waiting_since = NEVER
         if self.exchange is not None:
             self.exchange.abort()
         else:
@@ -338,6 +343,7 @@ class Call:
                 self._phase = "connect"
             self._cancelled_it = True
             self._task.cancel()
+        return None if self._expired == "total" else self._total_at
 
     @property
     def expired(self) -> bool:
@@ -382,12 +388,12 @@ class Call:
         if self.exchange is not None:
             self.exchange.abort()
             self.exchange = None
-        self._first_token_at = NEVER  # no server is waited for during a back-off
-        self.stop_waiting()
+        self._first_token_at = self.waiting_since = NEVER  # no server is waited for during a back-off
         attempt = notes.end_attempt(self.pool.loop.time(), type(error).__name__, error._reported_id)
         notes.attempts.append(attempt)
         notes.failed = True
-        self._log(attempt, type(error).__name__)
+        if logger.isEnabledFor(logging.DEBUG):
+            self._log(attempt, type(error).__name__)
         self._release_permit(None, error.retry_after)
 
     def fail(self, error: APIError) -> None:
@@ -419,18 +425,17 @@ class Call:
             )
 
     def _log(self, attempt: Attempt | None, outcome: str) -> None:
-        if logger.isEnabledFor(logging.DEBUG):
-            notes = self.notes
-            attempt = attempt or notes.end_attempt(notes.ended or notes.began, None, None)
-            logger.debug(
-                "%s %s: attempt %d: %s, status %s, %.3f s",
-                self.outgoing.method,
-                self.outgoing.url,
-                attempt.number,
-                outcome,
-                attempt.status,
-                attempt.elapsed,
-            )
+        notes = self.notes
+        attempt = attempt or notes.end_attempt(notes.ended or notes.began, None, None)
+        logger.debug(
+            "%s %s: attempt %d: %s, status %s, %.3f s",
+            self.outgoing.method,
+            self.outgoing.url,
+            attempt.number,
+            outcome,
+            attempt.status,
+            attempt.elapsed,
+        )
 
     def end(self, outcome: Outcome, error: BaseException | None = None, usage: Usage | None = None) -> None:
         """Close the books: the call is over. Doing so twice is fine."""
@@ -442,10 +447,11 @@ class Call:
         if self.exchange is not None:
             self.exchange.abort()
             self.exchange = None
-        self._release_permit(usage, None)
+        if self._permit is not _NO_PERMIT:
+            self._release_permit(usage, None)
         if outcome == "ok":
             self._bucket.refund()
-        if not notes.failed:
+        if not notes.failed and logger.isEnabledFor(logging.DEBUG):
             self._log(None, outcome)
         if self.settings.hooks:
             raised = error if isinstance(error, Exception) else None

@@ -39,6 +39,7 @@ from ._transport import Exchange, Session, SessionManager, checked_proxy
 from ._words import MAX_BODY
 from .errors import ConfigurationError, InvalidRequestError
 
+_NO_OPTIONS: dict[str, Any] = {}
 _STREAM_HEADERS = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
 
 
@@ -277,20 +278,17 @@ class Completions:
             return opened
         settings, outgoing, _ = self._prepare(request, params, stream=False)
         call = self._client._call(settings, outgoing)
-        limit = self._client._manager.limits.max_body_size
-
-        async def receive(exchange: Exchange) -> ChatCompletion:
-            healthy = exchange.is_success
-            # Not by way of a name: the body may echo the key, and tracebacks show locals.
-            return read_completion(
-                call.head,
-                await exchange.read(limit if healthy else MAX_BODY, cut=not healthy, is_whole=is_finished),
-            )
-
-        completion = await call.run(receive)
+        completion = await call.run(self._receive)
         call.end("ok", usage=completion.usage)
         completion._meta = call.notes
         return completion
+
+    async def _receive(self, call: Call, exchange: Exchange) -> ChatCompletion:
+        # Not by way of a name: the body may echo the key, and tracebacks show locals.
+        if exchange.is_success:
+            limit = self._client._manager.limits.max_body_size
+            return read_completion(call.head, await exchange.read(limit, is_whole=is_finished))
+        return read_completion(call.head, await exchange.read(MAX_BODY, cut=True))
 
     @overload
     def stream(self, request: ChatCompletionRequest, /, **options: Unpack[CallOptions]) -> ChatStream: ...
@@ -321,7 +319,9 @@ class Completions:
         self, request: ChatCompletionRequest | None, params: dict[str, Any], *, stream: bool
     ) -> tuple[Settings, Outgoing, bool]:
         """Return the call's settings, its encoded request, and whether we asked for usage in the caller's place."""
-        options = {name: params.pop(name) for name in OPTION_NAMES & params.keys()}
+        options = _NO_OPTIONS
+        if not OPTION_NAMES.isdisjoint(params):
+            options = {name: params.pop(name) for name in OPTION_NAMES & params.keys()}
         fields = _fields(request, params)
         extra_body: Any = options.get("extra_body")
         adds_usage = (
@@ -336,7 +336,7 @@ class Completions:
         settings = self._client._settings
         outgoing = Outgoing(
             "POST",
-            _url(settings, "/chat/completions", options.get("extra_query")),
+            settings.endpoint.url("/chat/completions", options.get("extra_query")),
             body,
             fields["model"],
             _extra_headers(options.get("extra_headers"), _STREAM_HEADERS if stream else None),
@@ -350,6 +350,10 @@ class Models:
 
     def __init__(self, client: AsyncChatKore) -> None:
         self._client = client
+
+    async def _receive(self, call: Call, exchange: Exchange) -> list[Model]:
+        limit = self._client._manager.limits.max_body_size if exchange.is_success else MAX_BODY
+        return read_models(call.head, await exchange.read(limit, cut=not exchange.is_success))
 
     async def list(
         self,
@@ -367,15 +371,10 @@ class Models:
         given = {"timeout": timeout, "max_retries": max_retries}
         client = self._client
         settings = client._settings.with_call_options({k: v for k, v in given.items() if v is not UNSET})
-        url = _url(settings, "/models", extra_query)
+        url = settings.endpoint.url("/models", extra_query)
         call = client._call(settings, Outgoing("GET", url, None, "", _extra_headers(extra_headers, None)))
 
-        async def receive(exchange: Exchange) -> "list[Model]":
-            healthy = exchange.is_success
-            limit = client._manager.limits.max_body_size if healthy else MAX_BODY
-            return read_models(call.head, await exchange.read(limit, cut=not healthy))
-
-        models = await call.run(receive)
+        models = await call.run(self._receive)
         call.end("ok")
         return models
 
@@ -387,21 +386,14 @@ def _fields(request: object, params: dict[str, Any]) -> dict[str, Any]:
         if params:
             raise TypeError(f"a ready request takes options only, not {', '.join(map(repr, params))}")
         return msgspec.structs.asdict(request)
-    if unknown := params.keys() - _codec.REQUEST_FIELDS:
-        name = sorted(unknown)[0]
+    if not _codec.REQUEST_FIELDS.issuperset(params):
+        name = min(params.keys() - _codec.REQUEST_FIELDS)
         near = difflib.get_close_matches(name, [*_codec.REQUEST_FIELDS, *OPTION_NAMES], 1)
         meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise TypeError(
             f"{name!r} is no parameter of a completion{meant}; a vendor's field goes into extra_body={{{name!r}: ...}}"
         )
     return params
-
-
-def _url(settings: Settings, path: str, query: Mapping[str, object] | None) -> str:
-    try:
-        return settings.endpoint.url(path, query)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(f"$.extra_query: {error}", path="$.extra_query") from error
 
 
 def _extra_headers(extra: Mapping[str, str] | None, base: Mapping[str, str] | None) -> Mapping[str, str] | None:

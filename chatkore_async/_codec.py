@@ -135,8 +135,12 @@ def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mappi
     """
     body = {name: value for name, value in fields.items() if value is not UNSET}
     messages = body.get("messages")
-    if isinstance(messages, list | tuple) or _is_lazy(messages):
-        body["messages"] = [_sendable(message) for message in cast("Iterable[Any]", messages)]
+    if isinstance(messages, _LISTS) or _is_lazy(messages):
+        body["messages"] = [
+            # Nearly all are such dicts, in which there is nothing to look at.
+            message if type(message) is dict and "tool_calls" not in message else _sendable(message)
+            for message in cast("Iterable[Any]", messages)
+        ]
     if stream:
         body["stream"] = True
     encoded = _encoded(body)
@@ -155,6 +159,11 @@ def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mappi
     if b"null" in encoded and (fault := _find_fault(body, _not_finite)):
         _refuse(*fault)
     return encoded
+
+
+# Written as tuples: to make a union anew for each call takes longer than to look at the type.
+_LISTS = (list, tuple)
+_MAPPINGS = (dict, Mapping)
 
 
 def _is_lazy(messages: object) -> bool:
@@ -185,9 +194,9 @@ def _sendable(message: Any) -> Any:
     if isinstance(message, ChatCompletionMessage):
         return _message_to_send(message)
     given: object = message
-    is_mapping = isinstance(given, dict | Mapping)
+    is_mapping = isinstance(given, _MAPPINGS)
     calls: Any = message.get("tool_calls") if is_mapping else getattr(message, "tool_calls", None)
-    if not isinstance(calls, list | tuple) or not any(isinstance(call, ToolCall) for call in cast("list[Any]", calls)):
+    if not isinstance(calls, _LISTS) or not any(isinstance(call, ToolCall) for call in cast("list[Any]", calls)):
         return message
     sent = [_call_to_send(call) if isinstance(call, ToolCall) else call for call in cast("list[Any]", calls)]
     if is_mapping:
@@ -321,7 +330,7 @@ def decode_completion(body: bytes) -> tuple[ChatCompletion, object]:
         completion = _decode_completion(body)
     except MISFIT:
         completion, whole = _decode_tolerantly(_tolerant.completion, body)
-    if completion.usage == _NO_TOKENS:
+    if completion.usage is not None and not completion.usage.total_tokens and completion.usage == _NO_TOKENS:
         completion.usage = None
     completion._raw = body
     return completion, whole

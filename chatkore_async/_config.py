@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from ._version import __version__
-from .errors import ConfigurationError
+from .errors import ConfigurationError, InvalidRequestError
 
 DEFAULT_BASE_URL = "https://api.chatkore.com/v1"
 DEFAULT_TOTAL = 600.0
@@ -204,9 +204,18 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     headers_of_caller: dict[str, str]
 
     def url(self, path: str, query: Mapping[str, object] | None = None) -> str:
-        """Return the URL of `path`, such as `/chat/completions`."""
+        """Return the URL of `path`, such as `/chat/completions`.
+
+        Raises:
+            InvalidRequestError: the query cannot be encoded.
+        """
         url = self.base_url + path
-        return f"{url}?{urlencode(query, doseq=True)}" if query else url
+        if not query:
+            return url
+        try:
+            return f"{url}?{urlencode(query, doseq=True)}"
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(f"$.extra_query: {error}", path="$.extra_query") from error
 
 
 def make_endpoint(

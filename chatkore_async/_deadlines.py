@@ -21,9 +21,9 @@ class Deadline:
 
     __slots__ = ("entry", "expire", "seen_at", "when")
 
-    def __init__(self, when: float, expire: Callable[[], None]) -> None:
+    def __init__(self, when: float, expire: Callable[[], float | None]) -> None:
         self.when = when
-        self.expire: Callable[[], None] | None = expire
+        self.expire: Callable[[], float | None] | None = expire
         self.seen_at = NEVER  # when the timer looks at it next; once it is over, nothing is earlier
         self.entry = -1  # the number of the heap's entry that counts; others are stale
 
@@ -48,18 +48,24 @@ class Deadlines:
     def __len__(self) -> int:
         return len(self._heap) - self._stale
 
-    def set(self, when: float, expire: Callable[[], None]) -> Deadline:
-        """Have `expire` run once the clock passes `when`; it is told nothing and must not raise."""
+    def set(self, when: float, expire: Callable[[], float | None]) -> Deadline:
+        """Have `expire` run once the clock passes `when`; it is told nothing and must not raise.
+
+        It may answer with a later moment: then it was not time yet, and is looked at again.
+        """
         deadline = Deadline(when, expire)
         if when != NEVER:
-            self.watch(deadline)
+            self._push(deadline, when)
         return deadline
 
     def watch(self, deadline: Deadline) -> None:
         """See to it that a deadline which became earlier is looked at in time."""
         if deadline.seen_at != NEVER:
             self._stale += 1  # the later entry stays in the heap until it comes up
-        when = deadline.seen_at = deadline.when
+        self._push(deadline, deadline.when)
+
+    def _push(self, deadline: Deadline, when: float) -> None:
+        deadline.seen_at = when
         number = deadline.entry = next(self._numbers)
         heapq.heappush(self._heap, (when, number, deadline))
         if when < self._timer_at:
@@ -106,13 +112,16 @@ class Deadlines:
                 if expire is None or number != deadline.entry:
                     self._stale -= 1
                     continue
+                deadline.seen_at = NEVER
                 if deadline.when <= now:
                     deadline.expire = None
-                    deadline.seen_at = -NEVER
-                    expire()
-                else:  # it was moved later since
-                    deadline.seen_at = NEVER
-                    if deadline.when != NEVER:
-                        self.watch(deadline)
+                    later = expire()
+                    if later is None:
+                        deadline.seen_at = -NEVER
+                        continue
+                    deadline.expire = expire
+                    deadline.when = later
+                if deadline.when != NEVER:  # it was moved since
+                    self.watch(deadline)
         finally:
             self._set_timer()

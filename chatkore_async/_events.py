@@ -11,11 +11,15 @@ import math
 from ._call import Call
 from ._codec import LARGE, is_crowded
 from ._config import Limits
+from ._deadlines import NEVER
 from ._protocol import CROWDED, begins_event_stream, is_whole, without_done
 from ._sse import Decoder, EventTooLargeError
 from ._transport import FOREIGN, Exchange
 
 _BLANK_LIMIT = 64 * 1024
+
+READING_FAILED = (*FOREIGN, EventTooLargeError)
+"""What `EventReader.read` and `.take` raise, and `.fail` is for."""
 
 
 class _AnswerTooLargeError(EventTooLargeError):
@@ -43,7 +47,8 @@ class EventReader:
         ended: whether the body ended, or broke off.
         cause: why it broke off, or `None` when it just ended.
         whole: whether the body is no event stream, but one event.
-        skipped: how many events of the last wait were pings; whoever reads them counts.
+        unskipped: how many events of the last wait were no pings; whoever skips one takes it off.
+        read: returns the next bytes of the body, nothing at its end.
     """
 
     __slots__ = (
@@ -53,15 +58,19 @@ class EventReader:
         "_call",
         "_decoder",
         "_exchange",
-        "_filled",
+        "_is_events",
         "_last_event",
         "_max_event",
+        "_max_gap",
         "_max_size",
+        "_now",
         "_size",
+        "_waiting",
         "cause",
         "ended",
         "events",
-        "skipped",
+        "read",
+        "unskipped",
         "whole",
     )
 
@@ -71,11 +80,15 @@ class EventReader:
         self._max_event = limits.max_event_size
         self._max_size = math.inf if limits.max_body_size is None else limits.max_body_size
         self._decoder = Decoder(limits.max_event_size)
+        self._now = call.pool.loop.time
+        self.read = exchange.content.readany
+        self._waiting = False
         self._began = 0.0  # when the wait began, in the event loop's time
-        self._filled = 0  # events that the last wait brought
-        self.skipped = -1  # not as many as came: the first wait has none to go on with
+        self._max_gap = -1.0
+        self.unskipped = 1  # the first wait has none to go on with
         self._size = 0  # bytes so far
         self._last_event = 0  # bytes so far when there was an event last
+        self._is_events = False  # as far as is known
         self._blank: bytes | None = b""  # what came before the first byte that tells what the body is
         self._body: list[bytes] = []
         self.events: collections.deque[bytes] = collections.deque()
@@ -93,55 +106,81 @@ class EventReader:
 
     async def fill(self) -> None:
         """Wait until there is an event, or the end."""
-        call, read = self._call, self._exchange.content.readany
-        loop, notes = call.pool.loop, call.notes
-        if self.skipped != self._filled:
-            self._began = loop.time()
-        # Else the last wait goes on: S2, pings in the form of events are no sign of life either.
-        began = self._began
-        call.wait_for_event(began)
-        try:
-            while not self.events and not self.ended:
-                if data := await read():
-                    self._take(data)
-                else:
-                    self._exchange.let_go()
-                    self._end(None)
-        except FOREIGN as cause:
-            self._break_off(cause)
-        except EventTooLargeError as cause:
-            self._exchange.abort()
-            self._end(cause)
-        finally:
-            call.stop_waiting()
-        self.skipped, self._filled = 0, len(self.events)
-        gap = loop.time() - began
-        if notes.max_gap is None or gap > notes.max_gap:
-            notes.max_gap = gap
+        while not self.events and not self.ended:
+            self.begin_wait()
+            try:
+                self.take(await self.read())
+            except READING_FAILED as cause:
+                self.fail(cause)
 
-    def _take(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > self._max_size:
+    # What `fill` does, in pieces: whoever reads delta after delta does it without a coroutine in between.
+
+    def begin_wait(self) -> None:
+        """Note that the server is waited for from now on.
+
+        Then `await read()`, and `take` what it returns, or `fail` with what either raises of `READING_FAILED`.
+        """
+        if not self._waiting:
+            self._waiting = True
+            if self.unskipped:
+                self._began = self._now()
+            # Else the last wait goes on: S2, pings in the form of events are no sign of life either.
+            self._call.waiting_since = self._began
+
+    def take(self, data: bytes) -> None:
+        """Take in what arrived; nothing is the end of the body."""
+        if not data:
+            self._exchange.let_go()
+            self._end(None)
+            return
+        size = self._size = self._size + len(data)
+        if size > self._max_size:
             raise _AnswerTooLargeError(f"the stream is larger than max_body_size ({self._max_size} bytes)")
+        events = self._decoder.feed(data) if self._is_events else self._take_other(data)
+        # An event has at most the bytes that came since the one before it.
+        if size - self._last_event > LARGE:
+            self._check(events)
+        if events:
+            self._last_event = size
+            self.events.extend(events)
+            self._stop_waiting()
+
+    def _take_other(self, data: bytes) -> list[bytes]:
+        """Take in the beginning of a body, or a part of one that is no event stream."""
         if self._blank is not None:
             data = self._blank + data
             if not data.removeprefix(b"\xef\xbb\xbf").strip() and len(data) < _BLANK_LIMIT:
                 self._blank = data
-                return
+                return []
             self._blank = None
-            self.whole = not begins_event_stream(data)
-        if not self.whole:
-            events = self._decoder.feed(data)
-            # An event has at most the bytes that came since the one before it.
-            if self._size - self._last_event > LARGE:
-                self._check(events)
-            if events:
-                self._last_event = self._size
-                self.events.extend(events)
-            return
+            self._is_events = begins_event_stream(data)
+            if self._is_events:
+                return self._decoder.feed(data)
+            self.whole = True
         self._body.append(data)
         if self._max_event is not None and self._size > self._max_event:
             raise EventTooLargeError(f"the answer is larger than max_event_size ({self._max_event} bytes)")
+        return []
+
+    def _stop_waiting(self) -> None:
+        self._waiting = False
+        self._call.waiting_since = NEVER  # whatever is done with an event, the server is not idle meanwhile
+        self.unskipped = len(self.events)
+        gap = self._now() - self._began
+        if gap > self._max_gap:
+            self._max_gap = self._call.notes.max_gap = gap
+
+    def fail(self, cause: Exception) -> None:
+        """Hand out what had arrived when the body broke off, or a limit was met, and end."""
+        if isinstance(cause, EventTooLargeError):
+            self._exchange.abort()
+        else:
+            # When the call has ended, whoever left the stream closed it, and nobody wants the rest.
+            if self._call.notes.ended is None and (rest := self._exchange.rescue()):
+                with contextlib.suppress(EventTooLargeError):  # the break is the better reason
+                    self.take(rest)
+            self._exchange.abort()
+        self._end(cause)
 
     def _check(self, events: list[bytes]) -> None:
         """Look at events that may be large, and hand out those before one that is refused."""
@@ -150,14 +189,9 @@ class EventReader:
                 self.events.extend(events[:number])
                 raise _CrowdedError(f"an event of the stream {CROWDED}")
 
-    def _break_off(self, cause: Exception) -> None:
-        if self._call.notes.ended is None:  # else it was closed by whoever left the stream, and nobody wants the rest
-            with contextlib.suppress(EventTooLargeError):  # the break is the better reason
-                self._take(self._exchange.rescue())
-        self._exchange.abort()
-        self._end(cause)
-
     def _end(self, cause: Exception | None) -> None:
+        if self._waiting:
+            self._stop_waiting()
         self.ended = True
         self.cause = cause
         if isinstance(cause, EventTooLargeError):

@@ -7,6 +7,9 @@ from ._headers import plain_headers, rate_limit, request_id
 from ._meta import Attempt, CallMeta, Timings
 from ._words import masked
 
+_NO_KEY = Secret()
+_NO_HEADERS: Mapping[str, str] = {}
+
 
 class Notes:
     """What a call noted down, in loop time; `meta()` makes a `CallMeta` of it."""
@@ -32,7 +35,7 @@ class Notes:
         self.started = now
         self.ended: float | None = None
         self.attempts: list[Attempt] = []  # those that failed
-        self.secret = Secret()  # that no echo of it gets out
+        self.secret = _NO_KEY  # that no echo of it gets out
         self.begin_attempt(now, 0.0)
 
     def begin_attempt(self, now: float, waited: float) -> None:
@@ -46,7 +49,7 @@ class Notes:
         self.first_token: float | None = None
         self.max_gap: float | None = None
         self.status: int | None = None
-        self.headers: Mapping[str, str] = {}
+        self.headers = _NO_HEADERS
 
     def end_attempt(self, now: float, error: str | None, reported_id: str | None) -> Attempt:
         """Return what there is to say of the running attempt."""

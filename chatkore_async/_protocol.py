@@ -89,11 +89,11 @@ def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
         return error
     if _codec.is_crowded(body):
         return crowded(head, body)
-    if not begins_event_stream(body):
-        body = without_done(body)
     try:
         completion, whole = _codec.decode_completion(body)
     except NotJSONError as error:
+        if (before := without_done(body)) is not body and not begins_event_stream(body):
+            return _completion_or_error(head, before)
         cause = _harmless(error)
     else:
         return _checked(head, body, completion, whole)

@@ -59,7 +59,9 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"JSON has no {constant}")
 
 
-class _Received(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
+# Not known to the garbage collector, which a busy service would have look at every delta: nothing here leads back to
+# itself.
+class _Received(msgspec.Struct, kw_only=True, repr_omit_defaults=True, gc=False):
     """What all received structs have in common."""
 
 
@@ -142,9 +144,9 @@ class ChatCompletionMessage(_ReasoningName, _Received):
     content: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
+    annotations: list[Annotation] | None = None
     tool_calls: list[ToolCall] | None = None
     function_call: FunctionCall | None = None
-    annotations: list[Annotation] | None = None
     audio: Audio | None = None
     _reasoning: _NullGate = msgspec.field(name="reasoning", default=UNSET)
 
@@ -204,8 +206,8 @@ class Choice(_Received):
 
     index: int = 0
     message: ChatCompletionMessage = msgspec.field(default_factory=ChatCompletionMessage)
-    finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
     _delta: _ShutGate = msgspec.field(name="delta", default=UNSET)
     _usage: _NullGate = msgspec.field(name="usage", default=UNSET)
     _error: _NullGate = msgspec.field(name="error", default=UNSET)
@@ -244,8 +246,8 @@ class ChatCompletion(_Answer, _Received):
     model: str = ""
     choices: list[Choice] = []
     usage: Usage | None = None
-    system_fingerprint: str | None = None
     service_tier: str | None = None
+    system_fingerprint: str | None = None
     _error: _NullGate = msgspec.field(name="error", default=UNSET)
     _x_groq: _ShutGate = msgspec.field(name="x_groq", default=UNSET)
 
@@ -302,9 +304,9 @@ class AudioDelta(_Received):
 class ChoiceDelta(_ReasoningName, _Received):
     """What a chunk adds to a choice."""
 
+    role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None
-    role: str | None = None
     refusal: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
     function_call: FunctionCallDelta | None = None
@@ -318,8 +320,8 @@ class ChunkChoice(_Received):
 
     index: int = 0
     delta: ChoiceDelta = msgspec.field(default_factory=ChoiceDelta)
-    finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
     _message: _ShutGate = msgspec.field(name="message", default=UNSET)
     _usage: _NullGate = msgspec.field(name="usage", default=UNSET)
     _error: _NullGate = msgspec.field(name="error", default=UNSET)
@@ -335,10 +337,10 @@ class ChatCompletionChunk(_Answer, _Received):
     object: str = ""
     created: int = 0
     model: str = ""
+    service_tier: str | None = None
+    system_fingerprint: str | None = None
     choices: list[ChunkChoice] = []
     usage: Usage | None = None
-    system_fingerprint: str | None = None
-    service_tier: str | None = None
     _error: _NullGate = msgspec.field(name="error", default=UNSET)
     _x_groq: _ShutGate = msgspec.field(name="x_groq", default=UNSET)
 

@@ -18,6 +18,7 @@ end of the stream, where it may turn out to be a bare JSON error; the end of the
 """
 
 _BOM = b"\xef\xbb\xbf"
+_FIELD = len(b"data: ")
 
 MAX_STRAY = 64 * 1024
 """Bytes of lines that are no fields kept for `stray`; an error's body is shorter."""
@@ -57,6 +58,7 @@ class Decoder:
         "_begun",
         "_data",
         "_data_size",
+        "_fresh",
         "_line",
         "_line_size",
         "_max",
@@ -71,6 +73,7 @@ class Decoder:
         self._max = max_event_size
         self._tail = b""  # the beginning of an event, not looked at yet
         self._short = SHORT_TAIL if max_event_size is None else min(SHORT_TAIL, max_event_size)
+        self._fresh = False  # nothing is held, and a BOM was looked for
         self._begun = False  # until the first bytes are seen, a BOM may come
         self._skip_lf = False  # the last segment ended in CR: an LF at the start of the next belongs to it
         self._line: list[bytes] = []  # pieces of a line that is not whole
@@ -94,6 +97,15 @@ class Decoder:
         Raises:
             EventTooLargeError: an incomplete event is larger than `max_event_size`, and no event is complete.
         """
+        # One event, alone in its segment, as most are: the end of its line and an empty line are the only line ends.
+        if (
+            self._fresh
+            and data.find(b"\n") == len(data) - 2 > _FIELD
+            and data.endswith(b"\n")
+            and data.startswith(b"data: ")
+            and data.find(b"\r") < 0
+        ):
+            return [data[_FIELD:-2]]
         if not self._line and self._data is None and not self._name and not self._skip_lf:
             if self._tail:
                 data = self._tail + data
@@ -107,7 +119,9 @@ class Decoder:
                 if data.count(b"\n", 0, end) == 2 * len(events) and b"" not in events:
                     self._tail = data[end:]
                     self._begun = True
+                    self._fresh = not self._tail
                     return events
+        self._fresh = False
         return self._feed_lines(data)
 
     def finish(self) -> list[bytes]:

@@ -17,7 +17,7 @@ from ._accumulate import BATCH, OVERFLOWED, Accumulator, has_delta
 from ._call import Call
 from ._codec import MISFIT
 from ._config import Limits
-from ._events import EventReader
+from ._events import READING_FAILED, EventReader
 from ._foreign import mapped, reason
 from ._hooks import logger
 from ._meta import CallMeta
@@ -228,33 +228,47 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
     async def _chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
         if (self._call is None or self._busy) and not self._ended:
             await self.open()
-        held, merged, decode = self._held, self._merged, _codec.decode_chunk_strictly
-        events = collections.deque[bytes]() if self._reader is None else self._reader.events
+        reader = self._reader
+        if reader is None:
+            return  # it was left before there was anything
+        events, pending, decode = reader.events, self._merged.pending, _codec.decode_chunk_strictly
+        while self._held:
+            held = self._held.popleft()
+            pending.append(held)
+            yield held
         while True:
-            while held:
-                chunk = held.popleft()
-                merged.pending.append(chunk)
-                yield chunk
             while events:
                 data = events.popleft()
                 try:
                     chunk = decode(data)
                 except MISFIT:
-                    pass
+                    chunk = None
+                if chunk is not None and chunk.choices and type(data) is bytes:
+                    chunk._raw = data
                 else:
-                    if chunk.choices and type(data) is bytes:
-                        chunk._raw = data
-                        merged.pending.append(chunk)
-                        yield chunk
+                    rare_data, data = [data], b""
+                    chunk = self._read_rarely(rare_data)
+                    if chunk is None:
                         continue
-                rare_data, data = [data], b""
-                rare = self._read_rarely(rare_data)
-                if rare is not None:
-                    merged.pending.append(rare)
-                    yield rare
+                pending.append(chunk)
+                yield chunk
             if self._ended:
                 return
-            await self._fill()
+            if self._done or reader.ended or self._busy or len(pending) >= BATCH:
+                await self._fill()
+                continue
+            # The common way to wait for a delta; `_fill` is the same with two coroutines in between.
+            self._busy = True
+            try:
+                reader.begin_wait()
+                reader.take(await reader.read())
+            except READING_FAILED as cause:
+                reader.fail(cause)
+            except asyncio.CancelledError as cancelled:
+                self._leave(cancelled)
+                raise
+            finally:
+                self._busy = False
 
     def _next(self) -> ChatCompletionChunk | None:
         """Return the next chunk of what has arrived, or `None` when more has to arrive first."""
@@ -316,7 +330,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             # We asked for it, the caller did not, and `chunk.choices[0]` is to be safe.
             self._merged.pending.append(chunk)
         else:
-            reader.skipped += 1
+            reader.unskipped -= 1
         return None
 
     def _opened(self) -> tuple[Call, EventReader]:
@@ -324,10 +338,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         assert self._reader is not None
         return self._call, self._reader
 
-    async def _receive(self, exchange: Exchange) -> None:
+    async def _receive(self, call: Call, exchange: Exchange) -> None:
         """Read one attempt's answer up to its first delta."""
-        call = self._call
-        assert call is not None
         call.answered()
         if not exchange.is_success:
             body = await exchange.read(MAX_BODY, cut=True)

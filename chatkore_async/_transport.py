@@ -94,6 +94,10 @@ class Exchange:
             APIError: the body broke off, or is too large.
         """
         content = self.content
+        if content.is_eof() and content.exception() is None and (limit is None or content.total_bytes <= limit):
+            body = content.read_nowait()  # it came with the headers, as most do
+            self.let_go()
+            return body
         pieces: list[bytes] = []
         size = 0
         try:
@@ -264,7 +268,14 @@ class Pool:
             ConfigurationError: the proxy cannot be used, or the client or its session was closed.
             InvalidRequestError: a header cannot be sent.
         """
-        options: dict[str, Any] = {}
+        timeout = self._timeouts.get(connect)
+        if timeout is None:
+            timeout = self._timeout(connect)
+        options: dict[str, Any] = {
+            "data": io.BytesIO(body) if body is not None and len(body) > _LARGE_BODY else body,
+            "allow_redirects": False,
+            "timeout": timeout,
+        }
         session = self.session
         if self.connector is None:
             # Whatever the caller's session does with other answers, ours have to be read.
@@ -282,18 +293,8 @@ class Pool:
             options["headers"] = headers
         if ssl is not None:
             options["ssl"] = ssl
-        timeout = self._timeouts.get(connect)
-        if timeout is None:
-            timeout = self._timeout(connect)
         try:
-            response = await session.request(
-                method,
-                url,
-                data=io.BytesIO(body) if body is not None and len(body) > _LARGE_BODY else body,
-                allow_redirects=False,
-                timeout=timeout,
-                **options,
-            )
+            response = await session.request(method, url, **options)
         except (*FOREIGN, TypeError, ConnectTimeoutError) as caught:
             cause: Exception = caught
         except BaseException:
@@ -451,7 +452,7 @@ class SessionManager:
             self.check_open()
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
-        if pool is None or (pool.closed and self.session is None):
+        if pool is None or (pool.connector is not None and pool.connector.closed):
             pool = self._open(loop)
         return pool
 
