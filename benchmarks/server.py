@@ -26,19 +26,20 @@ COMPLETION = (
     b'"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":9,"completion_tokens":9,"total_tokens":18},'
     b'"service_tier":"default","system_fingerprint":"fp_bench"}'
 )
-_CALL = (
+CALL = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nx-request-id: req_bench\r\nContent-Length: %d\r\n\r\n%s"
     % (len(COMPLETION), COMPLETION)
 )
-_STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def _http_chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-_SEGMENTS = [_http_chunk(b"data: %s\n\n" % data) for data in [*DELTAS, b"[DONE]"]]
-_BURST = _STREAM_HEAD + b"".join(_SEGMENTS) + b"0\r\n\r\n"
+SEGMENTS = [_http_chunk(b"data: %s\n\n" % data) for data in [*DELTAS, b"[DONE]"]]
+STREAM_END = b"0\r\n\r\n"
+BURST = STREAM_HEAD + b"".join(SEGMENTS) + STREAM_END
 
 
 class Server(asyncio.Protocol):
@@ -64,20 +65,20 @@ class Server(asyncio.Protocol):
 
     def _answer(self, path: bytes) -> None:
         if path.startswith(b"/call"):
-            self._transport.write(_CALL)
+            self._transport.write(CALL)
         elif path.startswith(b"/burst"):
-            self._transport.write(_BURST)
+            self._transport.write(BURST)
         else:
-            self._transport.write(_STREAM_HEAD)
+            self._transport.write(STREAM_HEAD)
             self._send(0)
 
     def _send(self, number: int) -> None:
         if self._transport.is_closing():
             return
-        if number == len(_SEGMENTS):
-            self._transport.write(b"0\r\n\r\n")
+        if number == len(SEGMENTS):
+            self._transport.write(STREAM_END)
             return
-        self._transport.write(_SEGMENTS[number])
+        self._transport.write(SEGMENTS[number])
         asyncio.get_running_loop().call_later(INTERVAL, self._send, number + 1)
 
 
