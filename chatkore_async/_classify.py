@@ -12,7 +12,7 @@ import msgspec
 
 from ._headers import retry_after
 from ._reports import Said, compact, extract, is_deep, read, unknown_form
-from ._words import MAX_BODY, clean, masked
+from ._words import MAX_BODY, clean, masked, one_line
 from .errors import (
     APIStatusError,
     AuthenticationError,
@@ -87,22 +87,20 @@ _QUOTA_OF: dict[int, frozenset[str]] = {
 
 _QUOTA_CODES = frozenset[str]().union(*_QUOTA_OF.values())
 
-_QUOTA_WORDS = re.compile(
-    r"额度已用尽|額度已用盡|额度不足|額度不足|余额不足|餘額不足|额度失败|額度失敗|欠费|欠費"
+# The patterns of this module are compiled by `re` at the first error: most processes never see one.
+_QUOTA_WORDS = (
+    r"(?i)额度已用尽|額度已用盡|额度不足|額度不足|余额不足|餘額不足|额度失败|額度失敗|欠费|欠費"
     r"|insufficient (?:account )?(?:balance|credits?|funds|quota)|token quota is exhausted"
-    r"|exceeded your current quota|credit balance is too low|billing hard limit",
-    re.IGNORECASE,
+    r"|exceeded your current quota|credit balance is too low|billing hard limit"
 )
 
 # A quota per minute is a rate limit (Gemini, Azure).
-_PER_MINUTE = re.compile(r"per[ _-]?(?:min|sec)|每分钟|分钟内|/\s?min\b|\b[rt]pm\b", re.IGNORECASE)
+_PER_MINUTE = r"(?i)per[ _-]?(?:min|sec)|每分钟|分钟内|/\s?min\b|\b[rt]pm\b"
 
 # E6
 _NO_CHANNEL_CODES = _names("model_not_found", "no_available_channel", "get_channel_failed")
 
-_NO_CHANNEL_WORDS = re.compile(
-    r"无可用渠道|無可用(?:渠道|管道)|no available channels?|no channels? available", re.IGNORECASE
-)
+_NO_CHANNEL_WORDS = r"(?i)无可用渠道|無可用(?:渠道|管道)|no available channels?|no channels? available"
 
 # E7: codes of relays that report a caller's mistake as a 500.
 _CALLERS_FAULT = _names(
@@ -132,17 +130,16 @@ _POLICY_CODES = _names(
 # E16
 _CONTEXT_CODES = _names("context_length_exceeded", "exceed_context_size_error", "string_above_max_length")
 
-_CONTEXT_WORDS = re.compile(
-    r"maximum (?:context|prompt) length|exceeded model token limit|context (?:length|window|size)[^.]{0,40}exceed"
+_CONTEXT_WORDS = (
+    r"(?i)maximum (?:context|prompt) length|exceeded model token limit|context (?:length|window|size)[^.]{0,40}exceed"
     r"|(?:exceed|longer than)[^.]{0,40}context (?:length|window|size)|prompt is too long"
     r"|token count[^.]{0,40}exceeds the (?:maximum|limit)|greater than the context length"
-    r"|reduce the length of the messages|input is too long for requested model|range of input length should be",
-    re.IGNORECASE,
+    r"|reduce the length of the messages|input is too long for requested model|range of input length should be"
 )
 
 _MODEL_CODES = _names("model_not_found", "model_not_exist")
 
-_MODEL_WORDS = re.compile(r"\bmodel\b.{0,200}\b(?:not found|not exist)|模型.{0,100}不存在", re.IGNORECASE)
+_MODEL_WORDS = r"(?i)\bmodel\b.{0,200}\b(?:not found|not exist)|模型.{0,100}不存在"
 
 # Codes and types that stand for a status, for errors inside a 200 (E14) and in streams (S1).
 _STATUS_OF: dict[str, int] = {
@@ -171,9 +168,7 @@ _CALLERS_STATUS = (400, 413, 422, 429)
 
 _CONTEXT_STATUS = (200, 400, 413, 422, 500)
 
-_WRONG_URL = re.compile(
-    r"Invalid URL|Unknown request URL|Cannot POST|page not found|^(?:404 )?Not Found\.?$", re.IGNORECASE
-)
+_WRONG_URL = r"(?i)Invalid URL|Unknown request URL|Cannot POST|page not found|^(?:404 )?Not Found\.?$"
 
 _HINT_BASE_URL = "check base_url: it usually ends in /v1"
 
@@ -219,7 +214,8 @@ def classify(
     effective = _effective_status(status, said)
     message, relays_id = clean(said.message, secret)
     if code == _BAD_UPSTREAM and not message:
-        message = f"the upstream answered with status {said.param}" if said.param else "the upstream failed"
+        number = one_line(said.param or "", secret)
+        message = f"the upstream answered with status {number}" if number else "the upstream failed"
     exception = _kind_of(effective, code, kind, message, whole)
     retryable = _retryable(exception, effective)
     override = headers.get("x-should-retry", "").strip().lower()
@@ -269,23 +265,23 @@ def _kind_of(status: int, code: str, kind: str, message: str, whole: object) -> 
     """E1: by status, then by code, and by words only where relays send no code that tells (E2, E4)."""
     quota = code in _QUOTA_CODES or kind in _QUOTA_CODES
     if not quota and status not in (404, 413, 422):
-        quota = _QUOTA_WORDS.search(message) is not None
+        quota = re.search(_QUOTA_WORDS, message) is not None
     if status == 402 or (quota and not (status == 429 and _is_per_minute(message, whole))):
         return InsufficientQuotaError
     if code in _POLICY_CODES or kind in _POLICY_CODES:
         return ContentPolicyError
     if code in _CONTEXT_CODES or kind in _CONTEXT_CODES:
         return ContextLengthExceededError
-    if status in _CONTEXT_STATUS and _CONTEXT_WORDS.search(message):
+    if status in _CONTEXT_STATUS and re.search(_CONTEXT_WORDS, message):
         return ContextLengthExceededError
-    if (status >= 500 and code in _NO_CHANNEL_CODES) or _NO_CHANNEL_WORDS.search(message):
+    if (status >= 500 and code in _NO_CHANNEL_CODES) or re.search(_NO_CHANNEL_WORDS, message):
         return NoChannelError
     return _BY_STATUS.get(status, APIStatusError if 300 <= status < 500 else InternalServerError)
 
 
 def _is_per_minute(message: str, whole: object) -> bool:
     """E3: whether a 429 speaks of a quota per minute, in its message or (Gemini) in its details."""
-    if _PER_MINUTE.search(message):
+    if re.search(_PER_MINUTE, message):
         return True
     details = compact(whole)
     return "PerMinute" in details and "PerDay" not in details
@@ -316,9 +312,9 @@ def _hint(
         return _HINT_KEY
     if kind is NoChannelError:
         return _HINT_MODEL
-    if status == 405 or (kind is NotFoundError and (_WRONG_URL.search(message) or not message)):
+    if status == 405 or (kind is NotFoundError and (re.search(_WRONG_URL, message) or not message)):
         return _HINT_BASE_URL
-    if kind is NotFoundError and (codes[0] in _MODEL_CODES or _MODEL_WORDS.search(message)):
+    if kind is NotFoundError and (codes[0] in _MODEL_CODES or re.search(_MODEL_WORDS, message)):
         return _HINT_MODEL
     if status in (504, 524) and kind is InternalServerError:
         return _HINT_STREAM
