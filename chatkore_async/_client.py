@@ -3,7 +3,6 @@
 Most of this file is the signatures and the documentation of what users call.
 """
 
-import difflib
 import inspect
 import os
 import ssl as _ssl
@@ -387,6 +386,8 @@ def _fields(request: object, params: dict[str, Any]) -> dict[str, Any]:
             raise TypeError(f"a ready request takes options only, not {', '.join(map(repr, params))}")
         return msgspec.structs.asdict(request)
     if not _codec.REQUEST_FIELDS.issuperset(params):
+        import difflib
+
         name = min(params.keys() - _codec.REQUEST_FIELDS)
         near = difflib.get_close_matches(name, [*_codec.REQUEST_FIELDS, *OPTION_NAMES], 1)
         meant = f" (did you mean {near[0]!r}?)" if near else ""

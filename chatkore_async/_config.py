@@ -272,13 +272,13 @@ def merge_headers(base: Mapping[str, str], extra: Mapping[str, str] | None) -> d
 def _check_header(name: object, value: object) -> None:
     if not isinstance(name, str) or not isinstance(value, str):
         raise ConfigurationError("the name and the value of a header must be strings")
-    if not _HEADER_NAME.fullmatch(name) or _NOT_IN_HEADER.search(value):
+    if not re.fullmatch(_HEADER_NAME, name) or re.search(_NOT_IN_HEADER, value):
         # What stands behind a colon is a value, and may be a credential.
         raise ConfigurationError(f"header {name.partition(':')[0]!r} holds characters that no header may (RFC 9110 §5)")
 
 
-_HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
-_NOT_IN_HEADER = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+_HEADER_NAME = r"(?a)[\w!#$%&'*+.^`|~-]+"
+_NOT_IN_HEADER = r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]"
 
 
 def _is_credential(name: str) -> bool:

@@ -52,7 +52,7 @@ def retry_after(headers: Mapping[str, str], now: datetime | None = None) -> floa
     return seconds if seconds >= 0 else None
 
 
-_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|us|µs|s|m|h|d)", re.ASCII)
+_DURATION = r"(?a)(\d{1,12}(?:\.\d{1,12})?)(ms|us|µs|s|m|h|d)"
 
 _UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -73,7 +73,7 @@ def rate_limit(headers: Mapping[str, str]) -> RateLimitInfo | None:
 def _duration(value: str) -> float | None:
     """Return seconds, from a number of them or from Go's form; `None` for what is negative, endless or nonsense."""
     value = value.strip()
-    parts = _DURATION.findall(value)
+    parts = re.findall(_DURATION, value)
     if parts and "".join(number + unit for number, unit in parts) == value:
         return sum(float(number) * _UNITS[unit] for number, unit in parts)
     try:

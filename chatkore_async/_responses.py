@@ -28,9 +28,7 @@ _ShutGate = UnsetType
 _GatedStr = Annotated[str, msgspec.Meta(min_length=1)]  # `""` means the default
 
 # Every escape is matched, so that the backslash of `\\ud800`, which is none, is not taken for the start of one.
-_ESCAPE = re.compile(
-    r"\\(?:u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(u[dD][89a-fA-F][\da-fA-F]{2})|.)", re.DOTALL
-)
+_ESCAPE = r"(?s)\\(?:u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(u[dD][89a-fA-F][\da-fA-F]{2})|.)"
 
 
 def parse(data: bytes) -> object:
@@ -47,7 +45,7 @@ def parse(data: bytes) -> object:
         return cast("object", msgspec.json.decode(text))
     except (msgspec.DecodeError, RecursionError) as error:
         try:
-            whole = _ESCAPE.sub(lambda escape: "\ufffd" if escape[1] else escape[0], text)
+            whole = re.sub(_ESCAPE, lambda escape: "\ufffd" if escape[1] else escape[0], text)
             return cast("object", json.loads(whole, strict=False, parse_constant=_refuse))
         except (ValueError, RecursionError):
             # msgspec calls a number without its end invalid, where it calls all else without one truncated.

@@ -1,6 +1,5 @@
 """What a server says, made fit for a message: one line, capped, and without keys. No I/O."""
 
-import html
 import re
 from typing import Any, cast
 
@@ -14,9 +13,7 @@ MIN_KEY = 6
 """Characters of the shortest key that is masked where a server echoes it."""
 
 # E1: relays append their own id, once per relay in the chain.
-_RELAYS_ID = re.compile(r" ?[(（] ?request[ _-]?id ?[:：] ?([^()（） ]{1,200}) ?[)）]", re.IGNORECASE)
-
-_TAG = re.compile(rb"<[^<>]*>")
+_RELAYS_ID = r"(?i) ?[(（] ?request[ _-]?id ?[:：] ?([^()（） ]{1,200}) ?[)）]"
 
 _KEY_ECHO = re.compile(r"\bsk-[\w*.-]{3,}")
 
@@ -41,8 +38,8 @@ def masked(value: Any, secret: str) -> Any:
 def clean(message: str, secret: str) -> tuple[str, str | None]:
     """Return a message as one line without keys and relays' ids, and the last of those ids: the nearest relay's."""
     line = " ".join(str(masked(message, secret)).split())
-    ids = _RELAYS_ID.findall(line)
-    line = _RELAYS_ID.sub("", line).strip()
+    ids = re.findall(_RELAYS_ID, line)
+    line = re.sub(_RELAYS_ID, "", line).strip()
     return (line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 1] + "…"), (ids[-1] if ids else None)
 
 
@@ -59,6 +56,8 @@ def is_page(body: bytes) -> bool:
 
 def page_title(body: bytes) -> str:
     """Return the title of a web page; of one without, as HAProxy's, its words from the first heading on; or `""`."""
+    import html  # a list of two thousand names, which most processes never need
+
     body = body[:MAX_BODY]
     page = body.lower()
     start = page.find(b"<title")
@@ -67,5 +66,5 @@ def page_title(body: bytes) -> str:
         words = body[start:end].partition(b">")[2]
     else:
         start = page.find(b"<h1")
-        words = b"" if start < 0 else _TAG.sub(b" ", body[start:])
+        words = b"" if start < 0 else re.sub(rb"<[^<>]*>", b" ", body[start:])
     return html.unescape(words.decode("utf-8", "replace"))
