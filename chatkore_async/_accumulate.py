@@ -28,8 +28,8 @@ from ._responses import (
     Usage,
 )
 
-BATCH = 64
-"""Chunks put aside before they are merged: enough for a tight loop, few enough to keep a stream's memory flat."""
+BATCH = 8
+"""Chunks put aside before they are merged: enough for a loop to pay, few enough, since each is a kilobyte."""
 
 MAX_PARTS = 250_000
 """Choices, tool calls, annotations and log probabilities that a stream may have in all.

@@ -276,6 +276,7 @@ class Completions:
             await opened.open()
             return opened
         settings, outgoing, _ = self._prepare(request, params, stream=False)
+        del request, params  # what is sent is encoded, and thousands may wait here
         call = self._client._call(settings, outgoing)
         completion = await call.run(self._receive)
         call.end("ok", usage=completion.usage)

@@ -79,6 +79,7 @@ class Connector(aiohttp.TCPConnector):
         self.opened: dict[asyncio.Task[Any], float] = {}  # seconds it took, until the request asks
         # Not a WeakSet: other threads may count, and a plain set is copied in one go.
         self._protocols: set[weakref.ref[Any]] = set()
+        self._forget = self._protocols.discard  # one for all: a method that is bound anew is 64 bytes a connection
 
     def protocols(self) -> list[Any]:
         """The protocols of all connections, some of which may be closed."""
@@ -128,7 +129,7 @@ class Connector(aiohttp.TCPConnector):
                 deadlines.cancel(deadline)
         self.created += 1
         self.opened[task] = opening.loop.time() - opening.began
-        self._protocols.add(weakref.ref(protocol, self._protocols.discard))
+        self._protocols.add(weakref.ref(protocol, self._forget))
         return protocol
 
 

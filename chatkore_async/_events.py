@@ -4,7 +4,6 @@ An event stream is cut by `_sse`. A body that is none (JSON in answer to `stream
 What had arrived when a connection broke is handed out before the break is reported.
 """
 
-import collections
 import contextlib
 import math
 
@@ -43,7 +42,7 @@ class EventReader:
         limits: how large an event, and all of them, may be.
 
     Attributes:
-        events: what arrived and was not taken yet.
+        events: what arrived and was not taken yet, the next one last (an empty deque takes 600 bytes, a list 56).
         ended: whether the body ended, or broke off.
         cause: why it broke off, or `None` when it just ended.
         whole: whether the body is no event stream, but one event.
@@ -91,7 +90,7 @@ class EventReader:
         self._is_events = False  # as far as is known
         self._blank: bytes | None = b""  # what came before the first byte that tells what the body is
         self._body: list[bytes] = []
-        self.events: collections.deque[bytes] = collections.deque()
+        self.events: list[bytes] = []
         self.ended = False
         self.cause: Exception | None = None
         self.whole = False
@@ -142,7 +141,7 @@ class EventReader:
             self._check(events)
         if events:
             self._last_event = size
-            self.events.extend(events)
+            self._add(events)
             self._stop_waiting()
 
     def _take_other(self, data: bytes) -> list[bytes]:
@@ -161,6 +160,10 @@ class EventReader:
         if self._max_event is not None and self._size > self._max_event:
             raise EventTooLargeError(f"the answer is larger than max_event_size ({self._max_event} bytes)")
         return []
+
+    def _add(self, events: list[bytes]) -> None:
+        events.reverse()
+        self.events[:0] = events
 
     def _stop_waiting(self) -> None:
         self._waiting = False
@@ -186,7 +189,7 @@ class EventReader:
         """Look at events that may be large, and hand out those before one that is refused."""
         for number, event in enumerate(events):
             if is_crowded(event):
-                self.events.extend(events[:number])
+                self._add(events[:number])
                 raise _CrowdedError(f"an event of the stream {CROWDED}")
 
     def _end(self, cause: Exception | None) -> None:
@@ -204,7 +207,7 @@ class EventReader:
             if is_crowded(body):
                 self.cause = _CrowdedError(f"the answer {CROWDED}")
             else:
-                self.events.append(body)
+                self._add([body])
         else:
             # An event that the end cut in two is none; whether the stream was finished decides what that means.
-            self.events.extend(event for event in self._decoder.finish() if is_whole(event, broken=cause is not None))
+            self._add([event for event in self._decoder.finish() if is_whole(event, broken=cause is not None)])

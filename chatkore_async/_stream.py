@@ -6,7 +6,6 @@ the end, forms that strict decoding refuses) is behind the one `try` or the one 
 """
 
 import asyncio
-import collections
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
@@ -53,6 +52,24 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         APIError: what an awaited call raises. After the first delta every error has `.partial`.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_busy",
+        "_call",
+        "_completeness",
+        "_done",
+        "_ended",
+        "_failure",
+        "_held",
+        "_hide_usage",
+        "_limits",
+        "_make_call",
+        "_merged",
+        "_opener",
+        "_reader",
+        "_usage_came_last",
+    )
+
     def __init__(self, make_call: Callable[[], Call], *, hide_usage: bool, limits: Limits) -> None:
         self._make_call = make_call
         self._hide_usage = hide_usage
@@ -60,7 +77,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         self._call: Call | None = None
         self._reader: EventReader | None = None
         self._merged = Accumulator()
-        self._held: collections.deque[ChatCompletionChunk] = collections.deque()  # up to the first delta
+        self._held: list[ChatCompletionChunk] = []  # up to the first delta, the next one last
         self._usage_came_last = False
         self._done = False  # `[DONE]` came
         self._ended = False  # nothing more will be handed out
@@ -233,12 +250,12 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             return  # it was left before there was anything
         events, pending, decode = reader.events, self._merged.pending, _codec.decode_chunk_strictly
         while self._held:
-            held = self._held.popleft()
+            held = self._held.pop()
             pending.append(held)
             yield held
         while True:
             while events:
-                data = events.popleft()
+                data = events.pop()
                 try:
                     chunk = decode(data)
                 except MISFIT:
@@ -254,9 +271,11 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 yield chunk
             if self._ended:
                 return
-            if self._done or reader.ended or self._busy or len(pending) >= BATCH:
+            if self._done or reader.ended or self._busy:
                 await self._fill()
                 continue
+            if len(pending) >= BATCH:
+                self._merge()
             # The common way to wait for a delta; `_fill` is the same with two coroutines in between.
             self._busy = True
             try:
@@ -275,7 +294,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         if self._reader is None:
             return None
         while self._held or self._reader.events:
-            chunk = self._held.popleft() if self._held else self._read(self._reader.events.popleft())
+            chunk = self._held.pop() if self._held else self._read(self._reader.events.pop())
             if chunk is not None:
                 self._merged.pending.append(chunk)
                 return chunk
@@ -302,7 +321,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         data = rare_data.pop()
         parts = separated(data)
         if len(parts) > 1:
-            reader.events.extendleft(reversed(parts))
+            reader.events.extend(reversed(parts))
             return None
         parts.clear()
         try:
@@ -352,7 +371,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         self._done = self._usage_came_last = False
         while not (self._held and has_delta(self._held[-1])):
             if reader.events:
-                if chunk := self._read(reader.events.popleft()):
+                if chunk := self._read(reader.events.pop()):
                     self._held.append(chunk)
                     if len(self._held) > MAX_HELD:
                         raise InvalidResponseError(f"the stream has {MAX_HELD:,} chunks and no delta")
@@ -360,6 +379,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 raise self._no_delta(call, reader) from reader.cause
             else:
                 await reader.fill()
+        self._held.reverse()
         call.first_delta(call.pool.loop.time())
 
     async def _fill(self) -> None:
@@ -372,10 +392,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             if self._done or reader.ended:
                 await self._conclude(call, reader)
                 return
-            if len(self._merged.pending) >= BATCH:
-                self._merged.merge()
-                if self._merged.overflowed:
-                    raise self._failed(InvalidResponseError(f"the stream {OVERFLOWED}"))
+            self._merge()
             await reader.fill()
         except asyncio.CancelledError as cancelled:
             self._leave(cancelled)
@@ -383,11 +400,15 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         finally:
             self._busy = False
 
-    async def _conclude(self, call: Call, reader: EventReader) -> None:
-        """Everything that arrived was handed out: decide how the stream ended."""
-        finished = self._merged.finished
+    def _merge(self) -> None:
+        self._merged.merge()
         if self._merged.overflowed:
             raise self._failed(InvalidResponseError(f"the stream {OVERFLOWED}"))
+
+    async def _conclude(self, call: Call, reader: EventReader) -> None:
+        """Everything that arrived was handed out: decide how the stream ended."""
+        self._merge()
+        finished = self._merged.finished
         if not finished and not self._done and not self._usage_came_last:
             raise self._failed(self._truncation(call, reader)) from reader.cause
         if not finished:

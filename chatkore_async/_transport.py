@@ -293,8 +293,10 @@ class Pool:
             options["headers"] = headers
         if ssl is not None:
             options["ssl"] = ssl
+        answer = session.request(method, url, **options)
+        del options, body  # thousands may wait here
         try:
-            response = await session.request(method, url, **options)
+            response = await answer
         except (*FOREIGN, TypeError, ConnectTimeoutError) as caught:
             cause: Exception = caught
         except BaseException:
