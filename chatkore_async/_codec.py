@@ -330,6 +330,9 @@ def decode_completion(body: bytes) -> tuple[ChatCompletion, object]:
         completion = _decode_completion(body)
     except MISFIT:
         completion, whole = _decode_tolerantly(_tolerant.completion, body)
+    for choice in completion.choices:
+        if choice.finish_reason == "null":
+            choice.finish_reason = None
     if completion.usage is not None and not completion.usage.total_tokens and completion.usage == _NO_TOKENS:
         completion.usage = None
     completion._raw = body
