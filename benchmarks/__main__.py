@@ -1,108 +1,111 @@
-"""Run the adapters against one server, in turn, and print what ours costs beside plain aiohttp."""
+"""Measure what this client costs beside others: `python -m benchmarks`. See README.md."""
 
 import argparse
-import asyncio
-import importlib
-import json
+import importlib.util
 import os
-import resource
-import statistics
+import platform
 import subprocess
 import sys
-from typing import Any
+import tempfile
+import time
+from pathlib import Path
 
-from benchmarks.server import DELTAS
+import msgspec
 
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "67108864",
-    "MALLOC_TRIM_THRESHOLD_": "268435456",
-    "MALLOC_TOP_PAD_": "16777216",
-}
-# operation: (concurrency, operations of a full run, of a quick run, deltas in one operation)
-OPERATIONS = {
-    "call": (64, 8000, 200, 1),
-    "paced": (100, 200, 20, len(DELTAS)),
-    "burst": (1, 200, 10, len(DELTAS)),
-}
-ADAPTERS = ("ours", "plain")
+from benchmarks import report
+from benchmarks.adapters import ADAPTERS
+from benchmarks.figures import Results
+from benchmarks.rows import LOOPS, ROWS
+from benchmarks.runner import ROOT, Plan, measure
+from benchmarks.targets import judge, status, told
+
+BUSY = 0.5  # processes that want a core, beside these
 
 
-def cpu() -> float:
-    """Return the CPU seconds this process used."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-async def measure(adapter: str, operation: str, port: int, count: int) -> float:
-    """Return the microseconds of CPU for one call or one delta."""
-    concurrency, _, _, deltas = OPERATIONS[operation]
-    client = importlib.import_module(f"benchmarks.{adapter}").Client(f"http://127.0.0.1:{port}/{operation}/v1")
-
-    async def work(rounds: int) -> None:
-        for _ in range(rounds):
-            if operation == "call":
-                assert await client.call() == "Hello! How can I help you today?"
-            else:
-                assert await client.stream() == len(DELTAS)
-
-    async def run(each: int) -> None:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work(each))
-
-    await run(1)  # connections are opened and caches filled before the clock starts
-    each = max(1, count // concurrency)
-    began = cpu()
-    await run(each)
-    used = cpu() - began
-    await client.close()
-    return used / (each * concurrency * deltas) * 1e6
-
-
-def child(adapter: str, operation: str, port: int, count: int, loop: str) -> float:
-    """Run `measure` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks", "--child", adapter, operation, str(port), str(count), loop]
-    done = subprocess.run(command, env=os.environ | ALLOCATOR, check=True, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(done.stdout))
-
-
-def main() -> None:
-    """Parse arguments and run."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each pair (default: %(default)s)")
-    parser.add_argument("--only", choices=OPERATIONS, help="one operation")
-    parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        adapter, operation, port, count, loop = options.child
-        runner: Any = importlib.import_module("uvloop" if loop == "uvloop" else "asyncio")
-        print(json.dumps(runner.run(measure(adapter, operation, int(port), int(count)))))
-        return
-    server = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing and are not kept")
+    parser.add_argument(
+        "--only", action="append", choices=ROWS, metavar="ROW", help=f"one of {', '.join(ROWS)}; repeatable"
     )
-    assert server.stdout is not None
-    port = int(server.stdout.readline())
-    try:
-        print(f"{'':8}{'ours':>10}{'plain':>10}{'ratio':>9}   spread of the ratio")
-        for operation in [options.only] if options.only else OPERATIONS:
-            count = OPERATIONS[operation][2 if options.quick else 1]
-            figures: dict[str, list[float]] = {adapter: [] for adapter in ADAPTERS}
-            for _ in range(1 if options.quick else options.rounds):
-                for adapter in ADAPTERS:
-                    figures[adapter].append(child(adapter, operation, port, count, options.loop))
-            ratios = [ours / plain for ours, plain in zip(figures["ours"], figures["plain"], strict=True)]
-            medians = [statistics.median(figures[adapter]) for adapter in ADAPTERS]
-            print(
-                f"{operation:8}{medians[0]:8.2f}µs{medians[1]:8.2f}µs{statistics.median(ratios):8.3f}x"
-                f"   {min(ratios):.3f} to {max(ratios):.3f}",
-                flush=True,
-            )
-    finally:
-        server.communicate()
+    parser.add_argument(
+        "--adapters", metavar="A,B", help=f"some of {','.join(ADAPTERS)} (default: all that are installed)"
+    )
+    parser.add_argument("--rounds", type=int, help="rounds of every row (default: the row's own)")
+    parser.add_argument("--loop", choices=LOOPS, help="one event loop (default: both, where uvloop is installed)")
+    parser.add_argument("--check", action="store_true", help="compare with the targets: exit 1 missed, 2 not measured")
+    parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="take stored results; measure nothing")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results are written (default: benchmarks/results)"
+    )
+    version = ".".join(platform.python_version_tuple()[:2])
+    parser.add_argument("--name", default=f"cpython-{version}", help="of the results (default: %(default)s)")
+    return parser
+
+
+def wanted(options: argparse.Namespace) -> Plan:
+    """What the arguments ask for."""
+    adapters = options.adapters.split(",") if options.adapters else list(ADAPTERS)
+    if unknown := sorted(set(adapters) - set(ADAPTERS)):
+        sys.exit(f"there is no adapter {unknown[0]}; there are {', '.join(ADAPTERS)}")
+    there = [loop for loop in LOOPS if importlib.util.find_spec(loop)]
+    if options.loop and options.loop not in there:
+        sys.exit("uvloop is not installed; the extra uvloop has it: pip install 'chatkore-async[uvloop]'")
+    return Plan(
+        rows=[ROWS[name] for name in ROWS if not options.only or name in options.only],
+        adapters=[name for name in ADAPTERS if name in adapters],
+        loops=[options.loop] if options.loop else there,
+        rounds=options.rounds,
+        quick=options.quick,
+    )
+
+
+def write(results: Results, page: str, name: str, place: Path, *, again: bool) -> None:
+    """Write results, the page, and the charts where there is something to draw them with."""
+    place.mkdir(parents=True, exist_ok=True)
+    if not again:
+        text = msgspec.json.format(msgspec.json.encode(results), indent=1)
+        (place / f"{name}.json").write_bytes(text + b"\n")
+    (place / "table.md").write_text(page, encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no charts: matplotlib is not installed; the extra bench has it: pip install 'chatkore-async[bench]'")
+        return
+    subprocess.run([sys.executable, "-m", "benchmarks.charts", place / f"{name}.json", place], cwd=ROOT, check=True)
+
+
+def main() -> int:
+    """Parse arguments, measure, write, judge."""
+    parser = arguments()
+    options = parser.parse_args()
+    if options.check and options.quick:
+        parser.error("--check judges figures, and those of --quick mean nothing")
+    plan = wanted(options)
+    began = time.monotonic()
+    if options.stored:
+        results = msgspec.json.decode(options.stored.read_bytes(), type=Results)
+    else:
+        if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY and not plan.quick:
+            print(f"this machine is busy (load {os.getloadavg()[0]:.1f}); the spread will show it", flush=True)
+        results = measure(plan, lambda line: print(line, flush=True))
+    verdicts = judge(results, [row.name for row in plan.rows], list(LOOPS) if options.stored else plan.loops)
+    page = report.page(results, [] if plan.quick else verdicts)
+    print(f"\n{page}")
+    if plan.quick:
+        with tempfile.TemporaryDirectory() as place:
+            write(results, page, "quick", Path(place), again=False)
+        print(f"a smoke run of {time.monotonic() - began:.0f} s: all works, and none of these figures means anything")
+        return 0
+    if not (options.stored and options.check):
+        name = options.stored.stem if options.stored else options.name
+        place = options.out or (options.stored.parent if options.stored else ROOT / "benchmarks" / "results")
+        write(results, page, name, place, again=bool(options.stored))
+    print(f"{time.monotonic() - began:.0f} s")
+    if not options.check:
+        return 0
+    for verdict in verdicts:
+        print(told(verdict))
+    return status(verdicts)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What is measured: one row for each thing that users pay for."""
+
+from typing import Literal
+
+import msgspec
+
+from benchmarks.answers import LENGTH
+from benchmarks.figures import Measure
+
+LOOPS = ("asyncio", "uvloop")
+QUICK = 20  # operations, and of these at once, of a smoke run
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """A load.
+
+    Attributes:
+        concurrency: How many operations are under way at once.
+        count: How many operations are measured.
+        peers: The same for libraries that need minutes for `count`; 0 leaves them out.
+        length: Deltas of a stream.
+        at: The place on the curve, if the row is one.
+    """
+
+    concurrency: int
+    count: int
+    peers: int = 0
+    length: int = LENGTH
+    at: int = 0
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of the table, or a curve.
+
+    Attributes:
+        work: What a child does; see there.
+        path: What is asked of the server.
+        measure: The figure that counts.
+        rounds, peer_rounds: How often each library is measured.
+        ends: The two places of a curve whose ratio is the growth.
+        quick: Whether peers take part in a smoke run, for which they start slowly.
+    """
+
+    name: str
+    title: str
+    work: Literal["calls", "cold calls", "streams", "open", "waiting", "import"]
+    path: str = ""
+    measure: Measure
+    unit: str
+    loops: tuple[str, ...] = ("asyncio",)
+    rounds: int
+    peer_rounds: int = 1
+    points: tuple[Point, ...] = (Point(concurrency=1, count=1, peers=1),)
+    ends: tuple[int, int] | None = None
+    quick: bool = False
+
+
+_EVERY = (
+    Row(
+        name="call",
+        title="one call, 64 at a time",
+        work="calls",
+        path="call",
+        measure="cpu",
+        unit="µs",
+        loops=LOOPS,
+        rounds=9,
+        points=(Point(concurrency=64, count=8000, peers=1920),),
+        quick=True,
+    ),
+    Row(
+        name="paced",
+        title="one delta, one a segment, 100 streams",
+        work="streams",
+        path="paced",
+        measure="cpu",
+        unit="µs",
+        loops=LOOPS,
+        rounds=7,
+        points=(Point(concurrency=100, count=100, peers=100),),
+        quick=True,
+    ),
+    Row(
+        name="burst",
+        title=f"one delta of {LENGTH} in a burst",
+        work="streams",
+        path="burst",
+        measure="cpu",
+        unit="µs",
+        rounds=9,
+        points=(Point(concurrency=1, count=1200, peers=60),),
+        quick=True,
+    ),
+    Row(
+        name="at-once-5000",
+        title="5,000 calls at once, each answered after 1 s",
+        work="cold calls",
+        path="later",
+        measure="wall",
+        unit="s",
+        rounds=5,
+        points=(Point(concurrency=5000, count=5000),),
+    ),
+    Row(
+        name="at-once-10000",
+        title="10,000 calls at once, each answered after 1 s",
+        work="cold calls",
+        path="later",
+        measure="wall",
+        unit="s",
+        rounds=5,
+        points=(Point(concurrency=10_000, count=10_000, peers=10_000),),
+    ),
+    Row(
+        name="open-stream",
+        title="memory of an open stream, of 2,000",
+        work="open",
+        path="held",
+        measure="memory",
+        unit="KiB",
+        rounds=5,
+        points=(Point(concurrency=2000, count=2000, peers=500, length=10),),
+    ),
+    Row(
+        name="waiting-call",
+        title="memory of a waiting call, of 2,000",
+        work="waiting",
+        path="held",
+        measure="memory",
+        unit="KiB",
+        rounds=5,
+        points=(Point(concurrency=2000, count=2000, peers=500),),
+    ),
+    Row(
+        name="concurrency",
+        title="one call, by how many there are at a time",
+        work="calls",
+        path="call",
+        measure="cpu",
+        unit="µs",
+        rounds=5,
+        points=(
+            Point(at=1, concurrency=1, count=4000, peers=1000),
+            Point(at=8, concurrency=8, count=6000, peers=1000),
+            Point(at=64, concurrency=64, count=8000, peers=1280),
+            Point(at=1000, concurrency=1000, count=10_000, peers=1000),
+            Point(at=10_000, concurrency=10_000, count=20_000),
+        ),
+        ends=(64, 10_000),
+    ),
+    Row(
+        name="length",
+        title="one delta, by the length of the stream",
+        work="streams",
+        path="long",
+        measure="cpu",
+        unit="µs",
+        rounds=7,
+        points=(
+            Point(at=100, length=100, concurrency=1, count=4000, peers=100),
+            Point(at=1000, length=1000, concurrency=1, count=500, peers=10),
+            Point(at=10_000, length=10_000, concurrency=1, count=50, peers=1),
+            Point(at=100_000, length=100_000, concurrency=1, count=5),
+        ),
+        ends=(1000, 100_000),
+    ),
+    Row(
+        name="import",
+        title="import, beyond Python",
+        work="import",
+        measure="importing",
+        unit="ms",
+        rounds=9,
+        peer_rounds=3,
+    ),
+    Row(
+        name="import-beyond",
+        title="import, beyond aiohttp, msgspec and tenacity",
+        work="import",
+        measure="importing",
+        unit="ms",
+        rounds=9,
+        peer_rounds=0,
+    ),
+)
+ROWS = {row.name: row for row in _EVERY}

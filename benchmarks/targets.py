@@ -1,0 +1,117 @@
+"""What the client has to reach. The figures are those the project set itself; they are changed by nobody who misses them."""
+
+from typing import Literal
+
+import msgspec
+
+from benchmarks.figures import Results, Spread, by_round, growth, ratios, spread
+from benchmarks.rows import LOOPS, ROWS
+
+OFFICIAL = "openai"
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """A bound for one row on one loop.
+
+    Attributes:
+        kind: `ratio` is ours over plain aiohttp, `gain` the official client over ours, `growth` our growth along a
+            curve over that of plain aiohttp, `absolute` our own figure.
+        at_most, at_least: The bound; one of them.
+    """
+
+    row: str
+    kind: Literal["ratio", "gain", "growth", "absolute"]
+    loop: str = "asyncio"
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def met(self, value: float) -> bool:
+        """Whether a median is within the bound."""
+        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """A target, and what was measured; `None` where nothing was."""
+
+    target: Target
+    found: Spread | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether it was reached; `None` if nobody knows."""
+        return None if self.found is None else self.target.met(self.found.median)
+
+
+def _ratio(row: str, at_most: float, *loops: str) -> list[Target]:
+    return [Target(row=row, kind="ratio", loop=loop, at_most=at_most) for loop in loops or ("asyncio",)]
+
+
+TARGETS = [
+    *_ratio("call", 0.95, *LOOPS),
+    *_ratio("paced", 1.03, *LOOPS),
+    *_ratio("burst", 1.25),
+    *_ratio("at-once-5000", 1.00),
+    *_ratio("at-once-10000", 1.00),
+    *_ratio("open-stream", 1.08),
+    *_ratio("waiting-call", 1.08),
+    Target(row="concurrency", kind="growth", at_most=1.03),
+    Target(row="length", kind="growth", at_most=1.03),
+    Target(row="import-beyond", kind="absolute", at_most=12),
+    Target(row="call", kind="gain", at_least=16),
+    Target(row="paced", kind="gain", at_least=9),
+    Target(row="burst", kind="gain", at_least=60),
+    # 5,000 at once would take the official client a minute more, to say the same.
+    Target(row="at-once-10000", kind="gain", at_least=30),
+]
+
+
+def found(results: Results, target: Target) -> Spread | None:
+    """What was measured of a target, round by round."""
+    row = ROWS[target.row]
+
+    def each(adapter: str) -> dict[int, float]:
+        return by_round(results, row.name, row.measure, adapter, target.loop)
+
+    if target.kind == "ratio":
+        return spread(ratios(each("ours"), each("plain")))
+    if target.kind == "gain":
+        return spread(ratios(each(OFFICIAL), each("ours")))
+    if target.kind == "growth":
+        assert row.ends is not None
+        ours, plain = (growth(results, row.name, row.measure, who, target.loop, row.ends) for who in ("ours", "plain"))
+        return spread(ratios(ours, plain))
+    return spread(list(each("ours").values()))
+
+
+def judge(results: Results, rows: list[str], loops: list[str], targets: list[Target] = TARGETS) -> list[Verdict]:
+    """Compare with the targets of these rows."""
+    return [
+        Verdict(target, found(results, target)) for target in targets if target.row in rows and target.loop in loops
+    ]
+
+
+def status(verdicts: list[Verdict]) -> int:
+    """0 if all was reached, 1 if something was missed, 2 if something could not be measured."""
+    if any(verdict.met is False for verdict in verdicts):
+        return 1
+    return 2 if any(verdict.met is None for verdict in verdicts) else 0
+
+
+_SAID = {
+    "ratio": "of plain aiohttp",
+    "gain": "times less than the official client",
+    "growth": "of the growth of plain aiohttp",
+    "absolute": "ms",
+}
+
+
+def told(verdict: Verdict) -> str:
+    """A verdict as a line."""
+    target, spread_ = verdict.target, verdict.found
+    bound = f"at most {target.at_most:g}" if target.at_most is not None else f"at least {target.at_least:g}"
+    line = f"{target.row}, {target.loop}: {bound} {_SAID[target.kind]}: "
+    if spread_ is None:
+        return line + "NOT MEASURED"
+    digits = ".3f" if target.kind in ("ratio", "growth") else ".1f"
+    middle = f"{spread_.median:{digits}} ({spread_.low:{digits}} to {spread_.high:{digits}}, {spread_.rounds} rounds)"
+    return f"{line}{middle}: {'pass' if verdict.met else 'MISSED'}"
