@@ -60,12 +60,11 @@ def wanted(options: argparse.Namespace) -> Plan:
     )
 
 
-def write(results: Results, page: str, name: str, place: Path, *, again: bool) -> None:
+def write(results: Results, page: str, name: str, place: Path) -> None:
     """Write results, the page, and the charts where there is something to draw them with."""
     place.mkdir(parents=True, exist_ok=True)
-    if not again:
-        text = msgspec.json.format(msgspec.json.encode(results), indent=1)
-        (place / f"{name}.json").write_bytes(text + b"\n")
+    text = msgspec.json.format(msgspec.json.encode(results), indent=0)
+    (place / f"{name}.json").write_bytes(text + b"\n")
     (place / "table.md").write_text(page, encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print("no charts: matplotlib is not installed; the extra bench has it: pip install 'chatkore-async[bench]'")
@@ -91,14 +90,13 @@ def main() -> int:
     page = report.page(results, [] if plan.quick else verdicts)
     print(f"\n{page}")
     if plan.quick:
-        with tempfile.TemporaryDirectory() as place:
-            write(results, page, "quick", Path(place), again=False)
+        with tempfile.TemporaryDirectory() as nowhere:
+            write(results, page, "quick", Path(nowhere))
         print(f"a smoke run of {time.monotonic() - began:.0f} s: all works, and none of these figures means anything")
         return 0
     if not (options.stored and options.check):
         name = options.stored.stem if options.stored else options.name
-        place = options.out or (options.stored.parent if options.stored else ROOT / "benchmarks" / "results")
-        write(results, page, name, place, again=bool(options.stored))
+        write(results, page, name, options.out or ROOT / "benchmarks" / "results")
     print(f"{time.monotonic() - began:.0f} s")
     if not options.check:
         return 0

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from benchmarks import answers, machine
 from benchmarks.adapters import ADAPTERS, Client, MissingLibraryError, load
@@ -54,10 +55,10 @@ class Clock:
         self._server = ask(port).cpu
         self._cpu, self._wall = machine.cpu(), time.perf_counter()
 
-    def stop(self, operations: int) -> dict[str, float]:
+    def stop(self, operations: int) -> Figures:
         cpu, wall = machine.cpu() - self._cpu, time.perf_counter() - self._wall
         server = ask(self._port).cpu - self._server
-        return {"cpu": cpu / operations * 1e6, "wall": wall, "server": server / wall}
+        return Figures(cpu=cpu / operations * 1e6, wall=wall, server=server / wall)
 
 
 def check_call(text: str | None) -> None:
@@ -121,7 +122,7 @@ async def cold_calls(client: Client, load: Load) -> tuple[Figures, int]:
     await together(load.concurrency, work)
     used = clock.stop(load.each * load.concurrency)
     parts = statistics.quantiles(seconds, n=100, method="inclusive")
-    return Figures(**used, p50=parts[49] * 1e3, p99=parts[98] * 1e3), len(seconds)
+    return replace(used, p50=parts[49] * 1e3, p99=parts[98] * 1e3), len(seconds)
 
 
 async def streams(client: Client, load: Load) -> tuple[Figures, int]:
@@ -148,7 +149,7 @@ async def streams(client: Client, load: Load) -> tuple[Figures, int]:
     await together(load.concurrency, work)
     read_by_all = load.concurrency * load.each
     used = clock.stop(read_by_all * load.length)
-    return Figures(**used, first=statistics.median(firsts) * 1e3), load.concurrency + readers + read_by_all
+    return replace(used, first=statistics.median(firsts) * 1e3), load.concurrency + readers + read_by_all
 
 
 async def hold(number: int, port: int, work: Callable[[], Awaitable[None]], ready: Callable[[], int]) -> int:
@@ -162,7 +163,7 @@ async def hold(number: int, port: int, work: Callable[[], Awaitable[None]], read
             until = min(started + STEP, number)
             for _ in range(started, until):
                 group.create_task(run())
-            while ready() < until:
+            while ready() < until:  # noqa: ASYNC110 - what the server holds, it is asked for
                 await asyncio.sleep(0.002)
         resident = machine.resident()
         ask(port, "release")
@@ -171,10 +172,11 @@ async def hold(number: int, port: int, work: Callable[[], Awaitable[None]], read
 
 async def memory(load: Load, work: Callable[[], Awaitable[None]], ready: Callable[[], int]) -> tuple[Figures, int]:
     """Measure what one more operation takes that waits for the server."""
+    await hold(WARM, load.port, work, ready)  # whatever happens once, at the end of the first one too
     before = await hold(WARM, load.port, work, ready)
     after = await hold(load.concurrency, load.port, work, ready)
-    # The first ones were there before.
-    return Figures(memory=(after - before) / (load.concurrency - WARM) / 1024), WARM + load.concurrency
+    # That many were there before.
+    return Figures(memory=(after - before) / (load.concurrency - WARM) / 1024), WARM * 2 + load.concurrency
 
 
 async def waiting_calls(client: Client, load: Load) -> tuple[Figures, int]:
@@ -223,7 +225,7 @@ async def measure(adapter: str, row: str, load_: Load) -> Figures:
     figures, asked = await WORKS[ROWS[row].work](client, load_)
     after = ask(load_.port)
     await client.close()
-    return msgspec.structs.replace(
+    return replace(
         figures,
         peak=machine.peak() / 1024 / 1024,
         connections=after.connections - before.connections,

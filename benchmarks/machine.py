@@ -17,11 +17,11 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "268435456",
     "MALLOC_TOP_PAD_": "16777216",
 }
-# LiteLLM: no list of prices from the network, and no limit of connections, as for all.
+# LiteLLM: no list of prices from the network, and no limit of connections, as for all. 0 leaves aiohttp's own of 100.
 PEERS = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_TELEMETRY": "False",
-    "AIOHTTP_CONNECTOR_LIMIT": "0",
+    "AIOHTTP_CONNECTOR_LIMIT": "1000000",
     "AIOHTTP_CONNECTOR_LIMIT_PER_HOST": "0",
 }
 # What would lead a run elsewhere, slow it, or make an import compile anew.

@@ -4,12 +4,19 @@ import statistics
 from collections.abc import Iterator
 
 from benchmarks.adapters import ADAPTERS
-from benchmarks.figures import Results, Spread, by_round, growth, ratios, spread
+from benchmarks.arithmetic import Spread, by_round, growth, ratios, spread
+from benchmarks.figures import Results
 from benchmarks.rows import ROWS, Row
 from benchmarks.targets import Verdict, told
 
 _DETAILS = (("p50", "ms"), ("p99", "ms"), ("first", "ms"), ("peak", "MiB"), ("connections", ""))
 _HEADS = ("p50", "p99", "first delta", "peak memory", "connections")
+
+_HOW_TO_READ = """\
+CPU time of the client's process for a call or a delta, time on the wall for calls at once, resident memory. Each figure
+is the median of its rounds. The last column is the median of the ratios within a round, and the quartiles of these
+ratios.
+"""
 
 
 def number(value: float, unit: str = "") -> str:
@@ -45,7 +52,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def median(results: Results, row: Row, adapter: str, loop: str, at: int | None = None) -> float | None:
     """The median of a library's rounds."""
-    found = spread(list(by_round(results, row.name, row.measure, adapter, loop, at).values()))
+    found = spread(list(by_round(results, row, adapter, loop, at).values()))
     return None if found is None else found.median
 
 
@@ -56,7 +63,7 @@ def loops(results: Results, row: Row) -> list[str]:
 
 
 def _cells(results: Results, row: Row, loop: str, at: int | None = None) -> Iterator[str]:
-    each = {adapter: by_round(results, row.name, row.measure, adapter, loop, at) for adapter in ADAPTERS}
+    each = {adapter: by_round(results, row, adapter, loop, at) for adapter in ADAPTERS}
     for adapter in ADAPTERS:
         middle = median(results, row, adapter, loop, at)
         yield "" if middle is None else number(middle, row.unit)
@@ -83,7 +90,7 @@ def curve_table(results: Results, row: Row) -> str:
         if any((run.row, run.at) == (row.name, point.at) for run in results.runs)
     ]
     assert row.ends is not None
-    each = {name: growth(results, row.name, row.measure, name, loop, row.ends) for name in ADAPTERS}
+    each = {name: growth(results, row, name, loop) for name in ADAPTERS}
     grown = [spread(list(values.values())) for values in each.values()]
     if any(grown):
         rows.append(
@@ -124,9 +131,7 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in sorted(results.libraries.items()))
     parts = [
         f"{results.python} on {machine.kernel}, {machine.cpu}, {cores}: {where}. With {libraries}.\n",
-        "CPU time of the client's process for a call or a delta, time on the wall for calls at once, resident memory. Each"
-        " figure is the median of its rounds. The last column is the median of the ratios within a round, and the"
-        " quartiles of these ratios.\n",
+        _HOW_TO_READ,
     ]
     if text := main_table(results):
         parts.append(text)

@@ -9,6 +9,7 @@ from benchmarks.figures import Measure
 
 LOOPS = ("asyncio", "uvloop")
 QUICK = 20  # operations, and of these at once, of a smoke run
+QUICK_LENGTH = 50  # deltas of its streams
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +89,7 @@ _EVERY = (
         measure="cpu",
         unit="µs",
         rounds=9,
-        points=(Point(concurrency=1, count=1200, peers=60),),
+        points=(Point(concurrency=1, count=1200, peers=20),),
         quick=True,
     ),
     Row(
@@ -113,7 +114,7 @@ _EVERY = (
     ),
     Row(
         name="open-stream",
-        title="memory of an open stream, of 2,000",
+        title="memory of an open stream",
         work="open",
         path="held",
         measure="memory",
@@ -123,7 +124,7 @@ _EVERY = (
     ),
     Row(
         name="waiting-call",
-        title="memory of a waiting call, of 2,000",
+        title="memory of a waiting call",
         work="waiting",
         path="held",
         measure="memory",
@@ -140,9 +141,9 @@ _EVERY = (
         unit="µs",
         rounds=5,
         points=(
-            Point(at=1, concurrency=1, count=4000, peers=1000),
-            Point(at=8, concurrency=8, count=6000, peers=1000),
-            Point(at=64, concurrency=64, count=8000, peers=1280),
+            Point(at=1, concurrency=1, count=4000, peers=640),
+            Point(at=8, concurrency=8, count=6000),
+            Point(at=64, concurrency=64, count=8000, peers=640),
             Point(at=1000, concurrency=1000, count=10_000, peers=1000),
             Point(at=10_000, concurrency=10_000, count=20_000),
         ),
@@ -157,8 +158,8 @@ _EVERY = (
         unit="µs",
         rounds=7,
         points=(
-            Point(at=100, length=100, concurrency=1, count=4000, peers=100),
-            Point(at=1000, length=1000, concurrency=1, count=500, peers=10),
+            Point(at=100, length=100, concurrency=1, count=4000, peers=30),
+            Point(at=1000, length=1000, concurrency=1, count=500, peers=5),
             Point(at=10_000, length=10_000, concurrency=1, count=50, peers=1),
             Point(at=100_000, length=100_000, concurrency=1, count=5),
         ),

@@ -14,10 +14,10 @@ import msgspec
 from benchmarks import machine
 from benchmarks.adapters import ADAPTERS, MissingLibraryError, missing
 from benchmarks.figures import Figures, Results, Run
-from benchmarks.rows import QUICK, Point, Row
+from benchmarks.rows import QUICK, QUICK_LENGTH, Point, Row
 
 ROOT = Path(__file__).parent.parent
-LONGEST = 400  # seconds of one run
+LONGEST = 900  # seconds of one run
 SPARE_FILES = 200  # descriptors beside those of connections
 BEYOND = "import aiohttp, msgspec, tenacity"
 # A fresh interpreter; `os` is there from its start.
@@ -83,10 +83,10 @@ def load_of(point: Point, *, peer: bool, quick: bool) -> Point | None:
     if not count:
         return None
     concurrency = min(point.concurrency, count)
+    length = point.length
     if quick:
-        concurrency = min(concurrency, QUICK)
-        count = min(count, QUICK)
-    return msgspec.structs.replace(point, concurrency=concurrency, count=count)
+        concurrency, count, length = min(concurrency, QUICK), min(count, QUICK), min(length, QUICK_LENGTH)
+    return msgspec.structs.replace(point, concurrency=concurrency, count=count, length=length)
 
 
 def takes_part(row: Row, adapter: str, loop: str, number: int, plan: Plan) -> bool:
@@ -104,7 +104,7 @@ def takes_part(row: Row, adapter: str, loop: str, number: int, plan: Plan) -> bo
 
 
 def places(row: Row, *, quick: bool) -> list[Point]:
-    """The loads of a row; of a smoke run, the two between which a curve grows."""
+    """The loads of a row; of a smoke run, one of a curve."""
     if quick and row.ends:
         return [point for point in row.points if point.at == row.ends[0]]
     return list(row.points)
@@ -147,59 +147,75 @@ def _last_line(command: list[str]) -> str:
     return done.stdout.splitlines()[-1]  # some libraries print
 
 
+class Session:
+    """A plan that is being carried out: what was measured so far, and what was left out for which reason."""
+
+    def __init__(self, plan: Plan, server: Server, say: Say) -> None:
+        self._plan, self._server, self._say = plan, server, say
+        self._adapters = [adapter for adapter in plan.adapters if not missing(adapter)]
+        self.runs: list[Run] = []
+        self.left_out = [str(MissingLibraryError(adapter)) for adapter in plan.adapters if missing(adapter)]
+
+    def row(self, row: Row, files: int) -> None:
+        """Measure a row on each loop, unless there are not enough open files for it."""
+        needed = max(point.concurrency for point in row.points) + SPARE_FILES
+        if needed > files and not self._plan.quick:
+            self.left_out.append(
+                f"{row.title}: it takes {needed:,} open files, and the system allows {files:,}; raise the hard limit"
+                " (ulimit -Hn as root, LimitNOFILE= of systemd, --ulimit nofile= of Docker)"
+            )
+            return
+        for loop in row.loops:
+            if loop in self._plan.loops:
+                began, before = time.monotonic(), len(self.runs)
+                self._rounds(row, loop)
+                self._say(f"{row.name}, {loop}: {len(self.runs) - before} runs in {time.monotonic() - began:.0f} s")
+
+    def _rounds(self, row: Row, loop: str) -> None:
+        # Every other round goes the other way, so that a drift of the machine hits all.
+        failed: set[str] = set()
+        for number in range(1 if self._plan.quick else self._plan.rounds or row.rounds):
+            for adapter in self._adapters if number % 2 == 0 else reversed(self._adapters):
+                if adapter in failed or not takes_part(row, adapter, loop, number, self._plan):
+                    continue
+                try:
+                    self._round(row, adapter, loop, number)
+                except subprocess.SubprocessError as problem:
+                    if ADAPTERS[adapter].kind != "peer":
+                        raise
+                    failed.add(adapter)
+                    why = "took too long" if isinstance(problem, subprocess.TimeoutExpired) else "failed"
+                    self.left_out.append(f"{row.title}, {loop}: {ADAPTERS[adapter].title} {why}")
+
+    def _round(self, row: Row, adapter: str, loop: str, number: int) -> None:
+        for point in places(row, quick=self._plan.quick):
+            load = load_of(point, peer=ADAPTERS[adapter].kind == "peer", quick=self._plan.quick)
+            if load is not None:
+                figures = run(adapter, row, loop, load, self._server)
+                self.runs.append(
+                    Run(row=row.name, adapter=adapter, loop=loop, at=point.at, round=number, figures=figures)
+                )
+
+
 def measure(plan: Plan, say: Say) -> Results:
     """Carry out a plan.
 
     Raises:
-        subprocess.SubprocessError: Ours or the reference failed, took too long, or brought something wrong; the message
-            was printed. Of a peer, this leaves out its row.
+        subprocess.SubprocessError: Ours or what we are compared with failed, took too long, or brought something wrong;
+            its message was printed. When a peer does, its row goes without it.
     """
-    left_out = [str(MissingLibraryError(adapter)) for adapter in plan.adapters if missing(adapter)]
-    adapters = [adapter for adapter in plan.adapters if not missing(adapter)]
-    runs: list[Run] = []
     files = machine.allow_files()
     with serving() as server:
+        session = Session(plan, server, say)
         for row in plan.rows:
-            needed = max(point.concurrency for point in row.points) + SPARE_FILES
-            if needed > files and not plan.quick:
-                left_out.append(
-                    f"{row.title}: it takes {needed:,} open files, and the system allows {files:,}; raise the hard limit"
-                    " (ulimit -Hn as root, LimitNOFILE= of systemd, --ulimit nofile= of Docker)"
-                )
-                continue
-            for loop in (loop for loop in row.loops if loop in plan.loops):
-                began = time.monotonic()
-                found = list(rounds(plan, row, loop, adapters, server, left_out))
-                runs += found
-                say(f"{row.name}, {loop}: {len(found)} runs in {time.monotonic() - began:.0f} s")
-    names = {name for adapter in adapters for name in ADAPTERS[adapter].distributions}
+            session.row(row, files)
+    measured = {run.adapter for run in session.runs}
+    names = {name for adapter in measured for name in ADAPTERS[adapter].distributions}
     return Results(
         python=f"{platform.python_implementation()} {platform.python_version()}",
         machine=machine.describe(),
         libraries=machine.versions(sorted(names | {"uvloop"})),
         allocator=machine.ALLOCATOR,
-        runs=runs,
-        left_out=left_out,
+        runs=session.runs,
+        left_out=session.left_out,
     )
-
-
-def rounds(plan: Plan, row: Row, loop: str, adapters: list[str], server: Server, left_out: list[str]) -> Iterator[Run]:
-    """The rounds of a row. Every other one goes the other way round, so that a drift of the machine hits all."""
-    failed: set[str] = set()
-    for number in range(1 if plan.quick else plan.rounds or row.rounds):
-        for adapter in adapters if number % 2 == 0 else reversed(adapters):
-            if adapter in failed or not takes_part(row, adapter, loop, number, plan):
-                continue
-            peer = ADAPTERS[adapter].kind == "peer"
-            try:
-                for point in places(row, quick=plan.quick):
-                    load = load_of(point, peer=peer, quick=plan.quick)
-                    if load is not None:
-                        figures = run(adapter, row, loop, load, server)
-                        yield Run(row=row.name, adapter=adapter, loop=loop, at=point.at, round=number, figures=figures)
-            except subprocess.SubprocessError as problem:
-                if not peer:
-                    raise
-                failed.add(adapter)
-                why = "took too long" if isinstance(problem, subprocess.TimeoutExpired) else "failed"
-                left_out.append(f"{row.title}, {loop}: {ADAPTERS[adapter].title} {why}")
