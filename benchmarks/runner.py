@@ -18,6 +18,7 @@ from benchmarks.rows import QUICK, QUICK_LENGTH, Point, Row
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 900  # seconds of one run
+CURVE_ROUNDS = 2  # in which all places of a curve are measured
 SPARE_FILES = 200  # descriptors beside those of connections
 BEYOND = "import aiohttp, msgspec, tenacity"
 # A fresh interpreter; `os` is there from its start.
@@ -103,11 +104,12 @@ def takes_part(row: Row, adapter: str, loop: str, number: int, plan: Plan) -> bo
     return number < (row.peer_rounds if plan.rounds is None else min(row.peer_rounds, plan.rounds))
 
 
-def places(row: Row, *, quick: bool) -> list[Point]:
-    """The loads of a row; of a smoke run, one of a curve."""
-    if quick and row.ends:
-        return [point for point in row.points if point.at == row.ends[0]]
-    return list(row.points)
+def places(row: Row, number: int, *, quick: bool) -> list[Point]:
+    """The loads of a row in a round. Of a curve, later rounds have its ends alone, and a smoke run has the near one."""
+    if row.ends is None:
+        return list(row.points)
+    wanted = row.ends[:1] if quick else row.ends
+    return [point for point in row.points if point.at in wanted or (number < CURVE_ROUNDS and not quick)]
 
 
 def run(adapter: str, row: Row, loop: str, point: Point, server: Server) -> Figures:
@@ -136,14 +138,11 @@ def importing(adapter: str, row: Row, server: Server) -> Figures:
 
 def _last_line(command: list[str]) -> str:
     done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=machine.environment(),
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=LONGEST,
+        command, cwd=ROOT, env=machine.environment(), check=False, capture_output=True, text=True, timeout=LONGEST
     )
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
     return done.stdout.splitlines()[-1]  # some libraries print
 
 
@@ -188,7 +187,7 @@ class Session:
                     self.left_out.append(f"{row.title}, {loop}: {ADAPTERS[adapter].title} {why}")
 
     def _round(self, row: Row, adapter: str, loop: str, number: int) -> None:
-        for point in places(row, quick=self._plan.quick):
+        for point in places(row, number, quick=self._plan.quick):
             load = load_of(point, peer=ADAPTERS[adapter].kind == "peer", quick=self._plan.quick)
             if load is not None:
                 figures = run(adapter, row, loop, load, self._server)

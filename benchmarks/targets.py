@@ -113,5 +113,6 @@ def told(verdict: Verdict) -> str:
     if spread_ is None:
         return line + "NOT MEASURED"
     digits = ".3f" if target.kind in ("ratio", "growth") else ".1f"
-    middle = f"{spread_.median:{digits}} ({spread_.low:{digits}} to {spread_.high:{digits}}, {spread_.rounds} rounds)"
+    quartiles = f"{spread_.low:{digits}} to {spread_.high:{digits}}, {spread_.rounds} rounds"
+    middle = f"{spread_.median:{digits}} ({'one round' if spread_.rounds == 1 else quartiles})"
     return f"{line}{middle}: {'pass' if verdict.met else 'MISSED'}"
