@@ -10,7 +10,6 @@ It needs `valgrind` on the path (Debian: `apt-get install valgrind`).
 
 import argparse
 import asyncio
-import importlib
 import os
 import re
 import shutil
@@ -22,11 +21,12 @@ from typing import Any
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 
-from benchmarks import server
+from benchmarks import answers
+from benchmarks.adapters import load
 
 # operation: (operations of the short run, of the long run, deltas in one operation). The difference leaves out all that
 # is done once.
-OPERATIONS = {"call": (100, 300, 1), "paced": (2, 6, len(server.DELTAS)), "burst": (4, 12, len(server.DELTAS))}
+OPERATIONS = {"call": (100, 300, 1), "paced": (2, 6, answers.LENGTH), "burst": (4, 12, answers.LENGTH)}
 SEGMENT = 64 * 1024
 
 
@@ -58,9 +58,9 @@ class Answering(asyncio.Transport):
         """Take a request, whole as aiohttp writes it, and answer."""
         assert data.endswith(b"}")
         if self._operation == "paced":
-            self._step(iter([server.STREAM_HEAD, *server.SEGMENTS, server.STREAM_END]))
+            self._step(iter([answers.STREAM_HEAD, *answers.segments(answers.LENGTH)]))
             return
-        answer = server.CALL if self._operation == "call" else server.BURST
+        answer = answers.CALL if self._operation == "call" else answers.burst(answers.LENGTH)
         for start in range(0, len(answer), SEGMENT):
             self._loop.call_soon(self._protocol.data_received, answer[start : start + SEGMENT])
 
@@ -84,12 +84,12 @@ async def run(adapter: str, operation: str, count: int) -> None:
         return protocol
 
     aiohttp.TCPConnector._create_connection = connect  # type: ignore[assignment]
-    client = importlib.import_module(f"benchmarks.{adapter}").Client("http://127.0.0.1:1/v1")
+    client = load(adapter)("http://127.0.0.1:1/v1")
     for _ in range(2 + count):
         if operation == "call":
-            assert await client.call() == "Hello! How can I help you today?"
+            assert await client.call() == answers.ANSWER
         else:
-            assert await client.stream() == len(server.DELTAS)
+            assert await client.stream() == answers.LENGTH
     await client.close()
 
 
