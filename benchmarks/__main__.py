@@ -17,7 +17,7 @@ from benchmarks.adapters import ADAPTERS
 from benchmarks.figures import Results
 from benchmarks.rows import LOOPS, ROWS
 from benchmarks.runner import ROOT, Plan, measure
-from benchmarks.targets import judge, status, told
+from benchmarks.targets import TARGETS, judge, status, told
 
 BUSY = 0.5  # processes that want a core, beside these
 
@@ -36,7 +36,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="compare with the targets: exit 1 missed, 2 not measured")
     parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="take stored results; measure nothing")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where results are written (default: benchmarks/results)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where results are written (default: benchmarks/results, and nowhere if only a part is measured)",
     )
     version = ".".join(platform.python_version_tuple()[:2])
     parser.add_argument("--name", default=f"cpython-{version}", help="of the results (default: %(default)s)")
@@ -86,23 +89,23 @@ def main() -> int:
         if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY and not plan.quick:
             print(f"this machine is busy (load {os.getloadavg()[0]:.1f}); the spread will show it", flush=True)
         results = measure(plan, lambda line: print(line, flush=True))
-    verdicts = judge(results, [row.name for row in plan.rows], list(LOOPS) if options.stored else plan.loops)
+    asked = [target for target in TARGETS if not target.needs - set(plan.adapters)]
+    verdicts = judge(results, [row.name for row in plan.rows], [options.loop] if options.loop else list(LOOPS), asked)
     page = report.page(results, [] if plan.quick else verdicts)
+    if options.stored and options.check:
+        print("\n".join(map(told, verdicts)))
+        return status(verdicts)
     print(f"\n{page}")
     if plan.quick:
         with tempfile.TemporaryDirectory() as nowhere:
             write(results, page, "quick", Path(nowhere))
         print(f"a smoke run of {time.monotonic() - began:.0f} s: all works, and none of these figures means anything")
         return 0
-    if not (options.stored and options.check):
+    if options.out or not (options.only or options.adapters or options.loop):
         name = options.stored.stem if options.stored else options.name
         write(results, page, name, options.out or ROOT / "benchmarks" / "results")
     print(f"{time.monotonic() - began:.0f} s")
-    if not options.check:
-        return 0
-    for verdict in verdicts:
-        print(told(verdict))
-    return status(verdicts)
+    return status(verdicts) if options.check else 0
 
 
 if __name__ == "__main__":

@@ -26,6 +26,13 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     at_most: float | None = None
     at_least: float | None = None
 
+    @property
+    def needs(self) -> set[str]:
+        """The libraries without which it cannot be judged."""
+        return {"ours"} | {"ratio": {"plain"}, "growth": {"plain"}, "gain": {OFFICIAL}, "absolute": set[str]()}[
+            self.kind
+        ]
+
     def met(self, value: float) -> bool:
         """Whether a median is within the bound."""
         return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)

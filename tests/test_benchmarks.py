@@ -118,6 +118,13 @@ def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
     assert told(judged[1]).endswith("NOT MEASURED")
 
 
+def test_a_target_says_which_libraries_it_needs() -> None:
+    """Who measures some libraries is not told that the others are missing."""
+    asked = [target for target in TARGETS if not target.needs - {"ours", "plain"}]
+    assert {target.kind for target in asked} == {"ratio", "growth", "absolute"}
+    assert all(target.needs <= ADAPTERS.keys() for target in TARGETS)
+
+
 def test_every_target_can_be_measured() -> None:
     """Each names a row and a loop of that row, has one bound, and growth is asked of curves alone."""
     for target in TARGETS:
