@@ -8,6 +8,7 @@ async with AsyncChatKore() as client:
 
 from ._client import AsyncChatKore
 from ._config import Limits, RetryBudget, RetryPolicy, Timeout
+from ._fanout import MapResults
 from ._hooks import AttemptStart, CallEnd, CallStart, FirstToken, Hook, Retry
 from ._limiter import Demand, Limiter, Report
 from ._meta import CallMeta, PoolStats
@@ -15,6 +16,7 @@ from ._requests import ChatCompletionRequest
 from ._responses import ChatCompletion, ChatCompletionChunk
 from ._stream import ChatStream
 from ._version import __version__
+from ._workers import MapResult
 from .errors import (
     APIConnectionError,
     APIError,
@@ -72,6 +74,8 @@ __all__ = [
     "InvalidResponseError",
     "Limiter",
     "Limits",
+    "MapResult",
+    "MapResults",
     "NoChannelError",
     "NotFoundError",
     "PermissionDeniedError",

@@ -8,7 +8,7 @@ import os
 import ssl as _ssl
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, Unpack, overload
+from typing import Any, Literal, NoReturn, Self, Unpack, cast, overload
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -25,6 +25,7 @@ from ._config import (
     make_endpoint,
     merge_headers,
 )
+from ._fanout import MapResults, OnError
 from ._hooks import Hook, logger
 from ._limiter import Limiter
 from ._meta import PoolStats
@@ -36,6 +37,7 @@ from ._retry import Bucket
 from ._stream import ChatStream
 from ._transport import Exchange, Session, SessionManager, checked_proxy
 from ._words import MAX_BODY
+from ._workers import Ask, Requests
 from .errors import ConfigurationError, InvalidRequestError
 
 _NO_OPTIONS: dict[str, Any] = {}
@@ -305,6 +307,37 @@ class Completions:
             TypeError: a keyword that is no field and no option.
         """
         return self._stream(request, params)
+
+    def map(
+        self, requests: Requests, *, concurrency: int = 64, ordered: bool = False, on_error: OnError = "return"
+    ) -> MapResults:
+        """Ask for many completions, `concurrency` at a time, and return their results as an async iterator.
+
+            async with client.chat.completions.map(requests) as results:
+                async for result in results:
+                    print(result.index, result.completion or result.error)
+
+        Requests are read as they are needed, never more than `concurrency` ahead of the results that were taken: a
+        consumer that stops reading stops the reading ahead, and memory does not grow with the number of requests. An
+        ordinary iterable is read on the event loop, which stands still while it computes; one that waits should be an
+        async iterable, which holds back nothing. A generator is closed when it is left.
+
+        Args:
+            requests: an iterable or async iterable of `ChatCompletionRequest`s, of mappings of what `create` takes by
+                name (options of the call too), or of pairs `(key, request)`.
+            concurrency: how many requests are read, asked or finished and not yet taken, at most.
+            ordered: give results in the order of the requests; a slow one then holds back those behind it.
+            on_error: `"return"` gives failures in their place, as results with an `error`. `"raise"` cancels the rest
+                at the first failure, gives what is finished (with `ordered`, in order, and perhaps with gaps), and
+                raises it.
+
+        Raises:
+            TypeError: `requests` is no iterable, or a single request.
+            ConfigurationError: `concurrency` or `on_error` has an impossible value.
+        """
+        return MapResults(
+            cast("Ask", self.create), requests, concurrency=concurrency, ordered=ordered, on_error=on_error
+        )
 
     def _stream(self, request: ChatCompletionRequest | None, params: dict[str, Any]) -> ChatStream:
         settings, outgoing, added_usage = self._prepare(request, params, stream=True)

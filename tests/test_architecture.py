@@ -21,8 +21,8 @@ FLOORS = [
     ["_connector"],
     ["_transport"],
     ["_call"],
-    ["_events"],
-    ["_stream"],
+    ["_events", "_workers"],
+    ["_stream", "_fanout"],
     ["_client"],
     ["__init__"],
 ]

@@ -13,12 +13,14 @@ from chatkore_async import (
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatStream,
+    MapResult,
+    MapResults,
     RateLimitError,
     RetryPolicy,
     StreamStalledError,
     Timeout,
 )
-from chatkore_async.types import Attempt, CallMeta, Completeness, Model, ToolCall, UserMessage
+from chatkore_async.types import Attempt, CallMeta, ChatCompletionParams, Completeness, Model, ToolCall, UserMessage
 
 
 async def key() -> str:
@@ -72,6 +74,24 @@ async def streams(client: AsyncChatKore) -> None:
     assert_type(await anext(texts), str)
 
 
+async def many(client: AsyncChatKore, rows: AsyncIterator[tuple[int, ChatCompletionRequest]]) -> None:
+    completions = client.chat.completions
+    dicts = ({"model": "m", "messages": [{"role": "user", "content": text}]} for text in "abc")
+    async with completions.map(dicts, concurrency=8, ordered=True, on_error="raise") as results:
+        assert_type(results, MapResults)
+        async for result in results:
+            assert_type(result, MapResult)
+            assert_type(result.index, int)
+            assert_type(result.completion, ChatCompletion | None)
+            assert_type(result.error, Exception | None)
+            assert_type(result.ok, bool)
+    params: list[ChatCompletionParams] = [{"model": "m", "messages": []}]
+    request = ChatCompletionRequest(model="m", messages=[])
+    pairs = [("a", request), ("b", request)]
+    for each in (completions.map(params), completions.map(rows), completions.map([request]), completions.map(pairs)):
+        assert_type(await anext(each), MapResult)
+
+
 def clients() -> None:
     AsyncChatKore(api_key=key)
     AsyncChatKore(api_key=lambda: "key", timeout=3, retry=RetryPolicy(max_retries=0), proxy=False)
@@ -89,8 +109,10 @@ def errors(error: APIError) -> None:
         assert timeout.phase == "idle"
 
 
-async def mistakes(client: AsyncChatKore) -> None:
+async def mistakes(client: AsyncChatKore, request: ChatCompletionRequest) -> None:
     await client.chat.completions.create(messages=[])  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     await client.chat.completions.create(model=1, messages=[])  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue,reportArgumentType]
+    client.chat.completions.map([1])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    client.chat.completions.map([request], on_error="skip")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await client.chat.completions.create(model="m", messages=[], temprature=1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     client.with_options(limits=None)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
