@@ -20,14 +20,14 @@ ratios.
 
 
 def number(value: float, unit: str = "") -> str:
-    """A figure with three digits that mean something."""
+    """A figure with three digits that mean something, and its unit on the same line."""
     if value >= 1000:
         text = f"{value:,.0f}"
     elif value >= 100:
         text = f"{value:.0f}"
     else:
         text = f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-    return f"{text} {unit}".rstrip()
+    return f"{text}\u00a0{unit}" if unit else text
 
 
 def ratio(found: Spread | None) -> str:

@@ -301,7 +301,7 @@ def test_a_table_has_a_line_for_each_row_and_the_spread() -> None:
         run("at-once-10000", "ours", 0, 4.321),
         run("at-once-10000", "plain", 0, 4.321),
     )
-    text = report.main_table(found)
+    text = report.main_table(found).replace("\u00a0", " ")
     assert "| one call, 64 at a time | asyncio | 95.0 µs | 100 µs | 0.950 (0.925 to 0.975) |" in text
     assert "4.32 s | 4.32 s | 1.00 (one round) |" in text
     assert "LiteLLM" not in text
