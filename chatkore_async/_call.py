@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 from . import _hooks
-from ._config import Secret, checked_key, conceal, merge_headers
+from ._config import Secret, checked_key, conceal, fingerprint, merge_headers
 from ._deadlines import NEVER, Deadline
 from ._headers import plain_headers
 from ._hooks import Outcome, logger
@@ -25,7 +25,7 @@ from ._responses import Usage
 from ._retry import Bucket, Retries, retry
 from ._transport import Exchange, Pool
 from ._words import masked
-from .errors import APIError, APITimeoutError, ConfigurationError, Phase, StreamStalledError
+from .errors import APIError, APIStatusError, APITimeoutError, ConfigurationError, Phase, StreamStalledError
 
 T = TypeVar("T")
 
@@ -256,6 +256,8 @@ class Call:
                 model=self.outgoing.model,
                 size=len(self.outgoing.body or b""),
                 attempt=len(self.notes.attempts) + 1,
+                key=fingerprint(self.notes.secret),
+                body=self.outgoing.body or b"",
             )
         )
         self._phase = "answer"
@@ -394,7 +396,7 @@ class Call:
         notes.failed = True
         if logger.isEnabledFor(logging.DEBUG):
             self._log(attempt, type(error).__name__)
-        self._release_permit(None, error.retry_after)
+        self._release_permit(None, error)
 
     def fail(self, error: APIError) -> None:
         """Write down that a stream failed after its first delta, and give the error the call's metadata."""
@@ -410,17 +412,19 @@ class Call:
             event = _hooks.Retry(call_id=self.id, number=retries.count, error=error, delay=retries.delay)
             _hooks.notify(self.settings.hooks, "on_retry", event)
 
-    def _release_permit(self, usage: Usage | None, retry_after: float | None) -> None:
+    def _release_permit(self, usage: Usage | None, error: APIError | None) -> None:
         permit, self._permit = self._permit, _NO_PERMIT
         if permit is not _NO_PERMIT and self.settings.limiter is not None:
             notes = self.notes
             self.settings.limiter.release(
                 permit,
                 Report(
-                    status=notes.status,
+                    # An error inside a 200 has the status that its code stands for.
+                    status=error.status_code if isinstance(error, APIStatusError) else notes.status,
                     headers=plain_headers(notes.headers),
                     usage=usage,
-                    retry_after=retry_after,
+                    retry_after=None if error is None else error.retry_after,
+                    error=None if error is None else type(error).__name__,
                 ),
             )
 

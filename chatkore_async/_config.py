@@ -3,6 +3,7 @@
 No I/O beside reading the environment.
 """
 
+import hashlib
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -60,6 +61,11 @@ def checked_key(key: Secret) -> Secret:
             "that a word processor made): copy it again, and check CHATKORE_API_KEY or api_key="
         )
     return key
+
+
+def fingerprint(key: str) -> str:
+    """Return a name for a key that does not tell it: the same for the same key, in every process."""
+    return hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8, person=b"chatkore").hexdigest() if key else ""
 
 
 def _is_number(value: object, *, whole: bool = False) -> bool:

@@ -15,23 +15,47 @@ from ._responses import Usage
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """What a limiter is asked for: one attempt.
 
-    `endpoint` is the base URL and `model` the model; `size` is the request's body in bytes, from which tokens can be
-    estimated; `attempt` counts from 1.
+    Attributes:
+        endpoint: the base URL.
+        key: names the API key without telling it: the same for the same key, in every process.
+        model: as in the request; empty for a call that has none, such as the list of models.
+        size: of the request's body, in bytes.
+        body: the request itself, as JSON, from which tokens can be estimated; empty for a call that has none. It is
+            left out of the `repr`.
+        attempt: counts from 1.
     """
 
     endpoint: str
     model: str
     size: int
     attempt: int
+    key: str = ""
+    body: bytes = b""
+
+    def __repr__(self) -> str:
+        return (
+            f"Demand(endpoint={self.endpoint!r}, key={self.key!r}, model={self.model!r}, size={self.size}, "
+            f"attempt={self.attempt})"
+        )
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """How an attempt went: the status or `None`, the headers (names in lower case), tokens used, seconds to wait."""
+    """How an attempt went.
+
+    Attributes:
+        status: the HTTP status, or the one that an error inside a 200 stands for; `None` when none came.
+        headers: names in lower case.
+        usage: tokens, where the answer says so.
+        retry_after: seconds to wait that the server asked for.
+        error: the name of the error's class, such as `RateLimitError`; `None` when there was none, and when the call
+            was cancelled or its stream was left.
+    """
 
     status: int | None
     headers: Mapping[str, str]
     usage: Usage | None
     retry_after: float | None
+    error: str | None = None
 
 
 class Limiter(Protocol):
