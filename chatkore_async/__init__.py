@@ -7,11 +7,13 @@ async with AsyncChatKore() as client:
 """
 
 from ._client import AsyncChatKore
-from ._config import Limits, RetryBudget, RetryPolicy, Timeout
+from ._config import Limits, RateLimit, RetryBudget, RetryPolicy, Timeout
+from ._estimate import estimate_tokens, estimate_with_tiktoken
 from ._fanout import MapResults
 from ._hooks import AttemptStart, CallEnd, CallStart, FirstToken, Hook, Retry
 from ._limiter import Demand, Limiter, Report
 from ._meta import CallMeta, PoolStats
+from ._ratelimiter import RateLimiter
 from ._requests import ChatCompletionRequest
 from ._responses import ChatCompletion, ChatCompletionChunk
 from ._stream import ChatStream
@@ -80,7 +82,9 @@ __all__ = [
     "NotFoundError",
     "PermissionDeniedError",
     "PoolStats",
+    "RateLimit",
     "RateLimitError",
+    "RateLimiter",
     "Report",
     "RequestTooLargeError",
     "Retry",
@@ -92,4 +96,6 @@ __all__ = [
     "Timeout",
     "UnprocessableEntityError",
     "__version__",
+    "estimate_tokens",
+    "estimate_with_tiktoken",
 ]

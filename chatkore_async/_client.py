@@ -18,6 +18,7 @@ from ._call import Call
 from ._config import (
     KeySource,
     Limits,
+    RateLimit,
     RetryPolicy,
     Timeout,
     conceal,
@@ -31,6 +32,7 @@ from ._limiter import Limiter
 from ._meta import PoolStats
 from ._options import OPTION_NAMES, CallOptions, CallParams, Outgoing, Settings, with_max_retries
 from ._protocol import is_finished, read_completion, read_models
+from ._ratelimiter import RateLimiter
 from ._requests import ChatCompletionRequest
 from ._responses import ChatCompletion, Model
 from ._retry import Bucket
@@ -63,7 +65,8 @@ class AsyncChatKore:
         max_retries: attempts after the first.
         retry: a whole `RetryPolicy`, which wins over `max_retries`.
         limits: of the pool of each event loop, and of what an answer may hold.
-        rate_limit: asked before each attempt of every call; see `Limiter`.
+        rate_limit: a `RateLimit`, or an object of your own with the methods of `Limiter`; asked before each attempt of
+            every call. A `RateLimiter` can be shared by several clients.
         default_headers: sent with every request, over our own.
         hooks: objects that have any of the methods of `Hook`.
         proxy: a URL; `None` takes `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY` from the environment, read
@@ -87,7 +90,7 @@ class AsyncChatKore:
         max_retries: int = 2,
         retry: RetryPolicy | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
-        rate_limit: Limiter | None = None,
+        rate_limit: RateLimit | Limiter | None = None,
         default_headers: Mapping[str, str] | None = None,
         hooks: Sequence[Hook | object] = (),
         proxy: str | Literal[False] | None = None,
@@ -100,7 +103,7 @@ class AsyncChatKore:
             timeout=Timeout.of(timeout),
             policy=RetryPolicy(max_retries=max_retries) if retry is None else _checked(retry, RetryPolicy, "retry"),
             hooks=tuple(hooks),
-            limiter=rate_limit,
+            limiter=_limiter(rate_limit),
             proxy=checked_proxy(proxy) if isinstance(proxy, str) else _checked_flag(proxy),
             ssl=ssl if ssl is None else _checked(ssl, _ssl.SSLContext, "ssl"),
         )
@@ -171,7 +174,7 @@ class AsyncChatKore:
         timeout: Timeout | float | None | UnsetType = UNSET,
         max_retries: int | UnsetType = UNSET,
         retry: RetryPolicy | UnsetType = UNSET,
-        rate_limit: Limiter | None | UnsetType = UNSET,
+        rate_limit: RateLimit | Limiter | None | UnsetType = UNSET,
         default_headers: Mapping[str, str] | UnsetType = UNSET,
         hooks: Sequence[Hook | object] | UnsetType = UNSET,
         proxy: str | Literal[False] | None | UnsetType = UNSET,
@@ -208,7 +211,7 @@ class AsyncChatKore:
         elif not isinstance(max_retries, UnsetType):
             changes["policy"] = with_max_retries(old.policy, max_retries)
         if not isinstance(rate_limit, UnsetType):
-            changes["limiter"] = rate_limit
+            changes["limiter"] = _limiter(rate_limit)
         if not isinstance(hooks, UnsetType):
             changes["hooks"] = tuple(hooks)
         if not isinstance(proxy, UnsetType):
@@ -449,6 +452,16 @@ def _checked(value: Any, kind: type[Any], name: str) -> Any:
     if not isinstance(value, kind):
         raise ConfigurationError(f"{name} must be a {kind.__name__}, not {value!r}")
     return value
+
+
+def _limiter(given: RateLimit | Limiter | None) -> Limiter | None:
+    if given is None:
+        return None
+    if isinstance(given, RateLimit):
+        return RateLimiter(given)
+    if callable(getattr(given, "acquire", None)) and callable(getattr(given, "release", None)):
+        return given
+    raise ConfigurationError(f"rate_limit must be a RateLimit, or have the methods of Limiter, not {given!r}")
 
 
 def _checked_flag(proxy: object) -> Literal[False] | None:

@@ -13,6 +13,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from ._limiter import Demand
 from ._version import __version__
 from .errors import ConfigurationError, InvalidRequestError
 
@@ -199,6 +200,42 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigurationError(f"RetryPolicy.{name} must be {what}, not {getattr(self, name)!r}")
+
+
+class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast, and how many at once. Each number counts for each endpoint, key and model by itself.
+
+    Attributes:
+        requests_per_minute: attempts, spread evenly. `None` disables the limit.
+        tokens_per_minute: tokens of requests and answers, spread evenly: estimated before, corrected by the `usage` of
+            the answer afterwards. `None` disables the limit.
+        max_concurrency: attempts in flight; a stream is until it ends. `None` disables the limit.
+        adaptive: whether to find out what the server bears: slower after a 429 or an overload (503, 529), faster again
+            while nothing is refused, and at the pace that `x-ratelimit-*` headers allow. When it is off, a 429 and a
+            `Retry-After` hold all back all the same.
+        estimate: from a `Demand` to tokens; `None` is `estimate_tokens`. It runs on the event loop, for each attempt,
+            if there is a `tokens_per_minute`.
+        max_hold: seconds for which a `Retry-After` holds back the others at most.
+    """
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    max_concurrency: int | None = None
+    adaptive: bool = True
+    estimate: Callable[[Demand], float] | None = None
+    max_hold: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "tokens_per_minute", "max_concurrency"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_positive(f"RateLimit.{name}", value, whole=name == "max_concurrency")
+        _require_at_least_zero("RateLimit.max_hold", self.max_hold)
+        adaptive: Any = self.adaptive
+        if not isinstance(adaptive, bool):
+            raise ConfigurationError(f"RateLimit.adaptive must be True or False, not {adaptive!r}")
+        if self.estimate is not None and not callable(self.estimate):
+            raise ConfigurationError(f"RateLimit.estimate must be a function or None, not {self.estimate!r}")
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,12 +12,12 @@ PACKAGE = Path(chatkore_async.__file__).parent
 
 FLOORS = [
     ["_version", "_meta", "_responses", "_requests"],
-    ["errors", "types"],
-    ["_config", "_tolerant", "_sse", "_hooks", "_limiter", "_headers", "_words"],
-    ["_codec", "_reports", "_options", "_accumulate", "_notes"],
+    ["errors", "types", "_limiter", "_pacing", "_adaptive"],
+    ["_config", "_tolerant", "_sse", "_hooks", "_headers", "_words", "_estimate"],
+    ["_codec", "_reports", "_options", "_accumulate", "_notes", "_group"],
     ["_classify"],
     ["_protocol"],
-    ["_retry", "_slots", "_deadlines", "_proxies", "_foreign"],
+    ["_retry", "_slots", "_deadlines", "_proxies", "_foreign", "_ratelimiter"],
     ["_connector"],
     ["_transport"],
     ["_call"],
@@ -34,6 +34,7 @@ BUILT_ON_TOP = ("testing", "cli", "integrations")
 FREE_OF_IO = {
     *("_meta", "_responses", "_requests", "errors", "types", "_config", "_tolerant", "_sse", "_hooks", "_codec"),
     *("_headers", "_words", "_reports", "_notes", "_classify", "_accumulate", "_protocol", "_options"),
+    *("_limiter", "_pacing", "_adaptive", "_estimate", "_group"),
 }
 
 

@@ -13,12 +13,16 @@ from chatkore_async import (
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatStream,
+    Limiter,
     MapResult,
     MapResults,
+    RateLimit,
+    RateLimiter,
     RateLimitError,
     RetryPolicy,
     StreamStalledError,
     Timeout,
+    estimate_tokens,
 )
 from chatkore_async.types import Attempt, CallMeta, ChatCompletionParams, Completeness, Model, ToolCall, UserMessage
 
@@ -94,6 +98,10 @@ async def many(client: AsyncChatKore, rows: AsyncIterator[tuple[int, ChatComplet
 
 def clients() -> None:
     AsyncChatKore(api_key=key)
+    shared = RateLimiter(RateLimit(tokens_per_minute=1e5, estimate=estimate_tokens, max_concurrency=3))
+    limiter: Limiter = shared
+    assert_type(AsyncChatKore(rate_limit=limiter).with_options(rate_limit=RateLimit()), AsyncChatKore)
+    AsyncChatKore(rate_limit=60)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     AsyncChatKore(api_key=lambda: "key", timeout=3, retry=RetryPolicy(max_retries=0), proxy=False)
     assert_type(AsyncChatKore().with_options(timeout=None, proxy="http://proxy:3128"), AsyncChatKore)
 
