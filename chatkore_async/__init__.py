@@ -6,6 +6,7 @@ async with AsyncChatKore() as client:
     print(completion.text)
 """
 
+from . import batch
 from ._client import AsyncChatKore
 from ._config import Limits, RateLimit, RetryBudget, RetryPolicy, Timeout
 from ._estimate import estimate_tokens, estimate_with_tiktoken
@@ -26,6 +27,7 @@ from .errors import (
     APITimeoutError,
     AuthenticationError,
     BadRequestError,
+    BatchError,
     ChatKoreError,
     ConfigurationError,
     ConflictError,
@@ -55,6 +57,7 @@ __all__ = [
     "AttemptStart",
     "AuthenticationError",
     "BadRequestError",
+    "BatchError",
     "CallEnd",
     "CallMeta",
     "CallStart",
@@ -96,6 +99,7 @@ __all__ = [
     "Timeout",
     "UnprocessableEntityError",
     "__version__",
+    "batch",
     "estimate_tokens",
     "estimate_with_tiktoken",
 ]

@@ -86,6 +86,10 @@ class MapResults(AsyncIterator[MapResult]):
         finally:
             self._busy = False
 
+    def ready(self) -> list[MapResult]:
+        """Return the results that are finished, without waiting; they are taken thereby. Often there is none."""
+        return [] if self._ended else [self._work.take() for _ in range(len(self._work.finished))]
+
     async def aclose(self) -> None:
         """Cancel what is in flight, close a generator that was given, and wait for that. Doing so twice is fine."""
         self._ended = True
@@ -104,8 +108,13 @@ def _check(requests: object, concurrency: object, on_error: object) -> None:
     given: type[object] = type(requests)
     if issubclass(given, str | bytes | Mapping) or not issubclass(given, Iterable | AsyncIterable):
         raise TypeError(f"map takes an iterable of requests, not {given.__name__}")
+    check_concurrency(concurrency)
+    if on_error not in ("return", "raise"):
+        raise ConfigurationError(f'on_error must be "return" or "raise", not {on_error!r}')
+
+
+def check_concurrency(concurrency: object) -> None:
+    """Raise `ConfigurationError` for what is no number of requests at a time."""
     # A bool is an int to Python, and a mistake here.
     if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
         raise ConfigurationError(f"concurrency must be a whole number from 1, not {concurrency!r}")
-    if on_error not in ("return", "raise"):
-        raise ConfigurationError(f'on_error must be "return" or "raise", not {on_error!r}')

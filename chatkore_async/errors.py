@@ -4,6 +4,7 @@
 ChatKoreError
 ├─ ConfigurationError
 ├─ InvalidRequestError
+├─ BatchError
 └─ APIError
    ├─ APIConnectionError
    │  └─ APITimeoutError
@@ -28,8 +29,8 @@ ChatKoreError
 ```
 
 The class names the cause and `.status_code` the status; the two may differ, since relays report a caller's
-mistake as a 500 and an empty purse as a 401. `ConfigurationError` and `InvalidRequestError` are also
-`ValueError`s, `APITimeoutError` is also a `TimeoutError`, and `StreamStalledError` is also an `APITimeoutError`.
+mistake as a 500 and an empty purse as a 401. `ConfigurationError`, `InvalidRequestError` and `BatchError` are
+also `ValueError`s, `APITimeoutError` is also a `TimeoutError`, and `StreamStalledError` is also an `APITimeoutError`.
 """
 
 import re
@@ -45,6 +46,7 @@ __all__ = [
     "APITimeoutError",
     "AuthenticationError",
     "BadRequestError",
+    "BatchError",
     "ChatKoreError",
     "ConfigurationError",
     "ConflictError",
@@ -103,6 +105,17 @@ class InvalidRequestError(ChatKoreError, ValueError):
     def __init__(self, message: str, *, path: str = "$") -> None:
         super().__init__(message)
         self.path = path
+
+
+class BatchError(ChatKoreError, ValueError):
+    """The files of a batch are not what a batch can be run with, or not any more. What is in the output is kept.
+
+    `faults` are the lines that say what is wrong, the first few of them; empty when the message says all.
+    """
+
+    def __init__(self, message: str, *, faults: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.faults = faults
 
 
 class APIError(ChatKoreError):

@@ -56,7 +56,7 @@ toc_object_entries_show_parents = "hide"
 
 # No inventories are fetched while the manual is built, so names of other packages cannot be links.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(aiohttp|asyncio|collections|contextlib|logging|msgspec|ssl|types|typing|yarl)\..*"),
+    (r"py:.*", r"(aiohttp|asyncio|collections|contextlib|logging|msgspec|os|ssl|types|typing|yarl)\..*"),
     # What `create` takes: the fields of ChatCompletionRequest and CallOptions, which are described each for itself.
     (r"py:class", r"chatkore_async\._options\.CallParams"),
     # Annotations that autodoc shows as they are written, and which no page of ours describes.

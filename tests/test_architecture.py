@@ -15,15 +15,15 @@ FLOORS = [
     ["errors", "types", "_limiter", "_pacing", "_adaptive"],
     ["_config", "_tolerant", "_sse", "_hooks", "_headers", "_words", "_estimate"],
     ["_codec", "_reports", "_options", "_accumulate", "_notes", "_group"],
-    ["_classify"],
-    ["_protocol"],
+    ["_classify", "_batch_lines", "_batch_writer"],
+    ["_protocol", "_batch_plan", "_batch_files"],
     ["_retry", "_slots", "_deadlines", "_proxies", "_foreign", "_ratelimiter"],
     ["_connector"],
     ["_transport"],
     ["_call"],
     ["_events", "_workers"],
     ["_stream", "_fanout"],
-    ["_client"],
+    ["_client", "batch"],
     ["__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -34,7 +34,7 @@ BUILT_ON_TOP = ("testing", "cli", "integrations")
 FREE_OF_IO = {
     *("_meta", "_responses", "_requests", "errors", "types", "_config", "_tolerant", "_sse", "_hooks", "_codec"),
     *("_headers", "_words", "_reports", "_notes", "_classify", "_accumulate", "_protocol", "_options"),
-    *("_limiter", "_pacing", "_adaptive", "_estimate", "_group"),
+    *("_limiter", "_pacing", "_adaptive", "_estimate", "_group", "_batch_lines", "_batch_plan"),
 }
 
 

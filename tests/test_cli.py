@@ -67,7 +67,12 @@ def failing(problem: BaseException) -> App:
 
 class TestHelp:
     @pytest.mark.parametrize(
-        "args", [["--help"], ["-h"], *([name, "--help"] for name in ("demo", "chat", "serve", "doctor", "completion"))]
+        "args",
+        [
+            ["--help"],
+            ["-h"],
+            *([name, "--help"] for name in ("demo", "chat", "batch", "serve", "doctor", "completion")),
+        ],
     )
     def test_fits_a_screen(self, args: list[str]) -> None:
         """Help is at most 24 lines of 80 columns, and has examples."""

@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import chatkore_async
+import chatkore_async.batch
 import chatkore_async.testing
 import chatkore_async.types
 from chatkore_async import AsyncChatKore
@@ -227,6 +228,12 @@ def test_the_architecture_page_draws_the_house_as_it_is() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     """What can be imported from the package can be looked up."""
     reference = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/reference/*.md"))
-    for module in (chatkore_async, chatkore_async.types, chatkore_async.errors, chatkore_async.testing):
+    for module in (
+        chatkore_async,
+        chatkore_async.batch,
+        chatkore_async.types,
+        chatkore_async.errors,
+        chatkore_async.testing,
+    ):
         missing = [name for name in module.__all__ if not re.search(rf"\b{name}\b", reference)]
         assert [name for name in missing if not name.startswith("__")] == []

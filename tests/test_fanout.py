@@ -350,6 +350,22 @@ async def test_memory_is_bounded_by_the_concurrency(client: AsyncChatKore, serve
         assert alive == 0
 
 
+async def test_what_is_ready_can_be_taken_at_once(client: AsyncChatKore, server: ChatKoreServer) -> None:
+    """`ready` gives what is finished and waits for nothing; it lets the reading go on like any other step."""
+    gate = Gate(server)
+    results = client.chat.completions.map(asks(6), concurrency=3)
+    assert results.ready() == []
+    async with results:
+        gate.open(0, 2)
+        await until(lambda: len(results._work.finished) == 2)
+        assert {result.index for result in results.ready()} == {0, 2}
+        assert results.ready() == []
+        await gate.wait_for(5)
+        gate.open(4)
+        await until(lambda: results._work.finished)
+    assert results.ready() == []
+
+
 # Failures.
 
 

@@ -24,6 +24,7 @@ from chatkore_async.cli._run import INTERRUPTED
 COMMANDS = {
     "demo": "Watch the client at work on a server of its own: no key, no network.",
     "chat": "Talk to a model: one question, or a conversation.",
+    "batch": "Ask the requests of a file, and go on wherever that was stopped.",
     "serve": "Serve the API on this machine, for other programs; --llm for a real model.",
     "doctor": "Check a server, a key and the way there, step by step.",
     "completion": "Print the code that lets your shell complete commands and options.",
