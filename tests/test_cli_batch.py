@@ -19,7 +19,7 @@ from rich.console import Console
 from chatkore_async.batch import BatchSummary
 from chatkore_async.cli._app import app
 from chatkore_async.cli._batch import Asked, Refused, batch, standard_input
-from chatkore_async.cli._meter import PlainMeter, TerminalMeter, make_meter, remarks, short, span, time_left
+from chatkore_async.cli._meter import PlainMeter, TerminalMeter, make_meter, remarks, short, span
 from chatkore_async.cli._problems import Problem
 from chatkore_async.cli._screen import Plain, Terminal
 from chatkore_async.testing import ChatKoreServer, RecordedRequest, Reply, completion, error
@@ -299,7 +299,11 @@ class TestMeter:
     )
     def test_remarks(self, summary: BatchSummary, said: list[str]) -> None:
         """Rate and time left are those of this run, however much was done before."""
-        assert remarks(summary) == said
+        assert remarks(summary, 0.0) == said
+
+    def test_the_look_at_the_files_is_not_counted(self) -> None:
+        """A rate is that of the requests: a million lines that are looked through first do not make it smaller."""
+        assert remarks(so_far(completed=400, elapsed=102.0), 100.0) == ["200/s", "3.0 s left"]
 
     def test_numbers_and_times_are_short(self) -> None:
         """They change while one looks at them, and have to be read at a glance."""
@@ -309,7 +313,6 @@ class TestMeter:
         assert [span(each) for each in (0.04, 9.9, 10, 99, 100, 5999, 6000, 7265)] == [
             *("0.0 s", "9.9 s", "10 s", "99 s", "2 min", "1 h 40 min", "1 h 40 min", "2 h 01 min"),
         ]
-        assert time_left(so_far(completed=500, elapsed=4.0)) == 4.0
 
     def test_a_log_gets_a_line_for_each_tenth_and_each_minute(self, capsys: pytest.CaptureFixture[str]) -> None:
         """However many requests there are, and however slow they are."""

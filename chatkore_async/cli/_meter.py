@@ -39,26 +39,23 @@ def make_meter(screen: Screen) -> Meter:
     return TerminalMeter(Console(highlight=False)) if isinstance(screen, Terminal) else PlainMeter()
 
 
-def remarks(summary: BatchSummary) -> list[str]:
-    """Return what there is to say beside the count: failures, rate, tokens, time left."""
+def remarks(summary: BatchSummary, began: float) -> list[str]:
+    """Return what there is to say beside the count: failures, rate, tokens, time left.
+
+    Args:
+        summary: how far it is.
+        began: the seconds that had passed when the first request was asked.
+    """
     said = [f"{summary.failed:,} failed"] if summary.failed else []
-    asked = summary.done - summary.resumed
-    if asked and summary.elapsed > 0:
-        rate = asked / summary.elapsed
+    asked, elapsed = summary.done - summary.resumed, summary.elapsed - began
+    if asked and elapsed > 0:
+        rate = asked / elapsed
         said.append(f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 0.1 else f"{rate * 3600:.0f}/h")
     if tokens := summary.prompt_tokens + summary.completion_tokens:
         said.append(f"{short(tokens)} tokens")
-    if (left := time_left(summary)) is not None:
-        said.append(f"{span(left)} left")
+    if asked and summary.done < summary.total:
+        said.append(f"{span((summary.total - summary.done) * elapsed / asked)} left")
     return said
-
-
-def time_left(summary: BatchSummary) -> float | None:
-    """Return the seconds that the rest takes at the rate so far, or `None` when that is not known, or nothing."""
-    asked = summary.done - summary.resumed
-    if not asked or summary.done >= summary.total:
-        return None
-    return (summary.total - summary.done) * summary.elapsed / asked
 
 
 def short(number: int) -> str:
@@ -94,18 +91,20 @@ class PlainMeter:
         """Show lines."""
         shown_at = self._clock()
         tenths = -1
+        began = 0.0
 
         def show(summary: BatchSummary) -> None:
-            nonlocal shown_at, tenths
+            nonlocal shown_at, tenths, began
             now, before = self._clock(), tenths
             tenths = summary.done * 10 // max(1, summary.total)
             if tenths == before and now - shown_at < _SELDOM:
                 return
             shown_at = now
-            # Only the first line tells what was there before; a batch that is done at once needs no other.
-            first = f"{summary.resumed:,} of them done before" if summary.resumed and before == -1 else ""
-            said = filter(None, [first, *remarks(summary)])
-            click.echo(", ".join([f"{summary.done:,}/{summary.total:,} requests", *said]))
+            first: list[str] = []
+            if before == -1:
+                began = summary.elapsed
+                first = [f"{summary.resumed:,} of them done before"] if summary.resumed else []
+            click.echo(", ".join([f"{summary.done:,}/{summary.total:,} requests", *first, *remarks(summary, began)]))
 
         yield show
 
@@ -127,6 +126,7 @@ class TerminalMeter:
         """Show the bar; the cursor is hidden meanwhile, and comes back however this is left."""
         shown_at = self._clock() - _OFTEN
         latest: list[BatchSummary] = []
+        began = 0.0
         with contextlib.ExitStack() as waiting, contextlib.ExitStack() as running:
             waiting.enter_context(self._console.status("looking through the files", spinner="line"))
             bar = self._bar()
@@ -134,13 +134,14 @@ class TerminalMeter:
 
             def draw() -> None:
                 for summary in latest:
-                    said = remarks(summary)
+                    said = remarks(summary, began)
                     note = ", ".join(said if self._console.width >= _NARROW else said[-1:])
                     bar.update(task, total=summary.total, completed=summary.done, note=note)
 
             def show(summary: BatchSummary) -> None:
-                nonlocal shown_at
+                nonlocal shown_at, began
                 if not latest:
+                    began = summary.elapsed
                     waiting.close()
                     running.enter_context(bar)
                     running.callback(draw)
