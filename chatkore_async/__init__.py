@@ -6,7 +6,6 @@ async with AsyncChatKore() as client:
     print(completion.text)
 """
 
-from . import batch
 from ._client import AsyncChatKore
 from ._config import Limits, RateLimit, RetryBudget, RetryPolicy, Timeout
 from ._estimate import estimate_tokens, estimate_with_tiktoken
@@ -99,7 +98,6 @@ __all__ = [
     "Timeout",
     "UnprocessableEntityError",
     "__version__",
-    "batch",
     "estimate_tokens",
     "estimate_with_tiktoken",
 ]
