@@ -175,14 +175,12 @@ class EventReader:
 
     def fail(self, cause: Exception) -> None:
         """Hand out what had arrived when the body broke off, or a limit was met, and end."""
-        if isinstance(cause, EventTooLargeError):
-            self._exchange.abort()
-        else:
-            # When the call has ended, whoever left the stream closed it, and nobody wants the rest.
-            if self._call.notes.ended is None and (rest := self._exchange.rescue()):
-                with contextlib.suppress(EventTooLargeError):  # the break is the better reason
-                    self.take(rest)
-            self._exchange.abort()
+        # When the call has ended, whoever left the stream closed it, and nobody wants the rest.
+        broken_off = not isinstance(cause, EventTooLargeError) and self._call.notes.ended is None
+        if broken_off and (rest := self._exchange.rescue()):
+            with contextlib.suppress(EventTooLargeError):  # the break is the better reason
+                self.take(rest)
+        self._exchange.abort()
         self._end(cause)
 
     def _check(self, events: list[bytes]) -> None:

@@ -392,7 +392,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             if self._done or reader.ended:
                 await self._conclude(call, reader)
                 return
-            self._merge()
+            if len(self._merged.pending) >= BATCH:
+                self._merge()
             await reader.fill()
         except asyncio.CancelledError as cancelled:
             self._leave(cancelled)

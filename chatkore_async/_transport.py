@@ -293,9 +293,9 @@ class Pool:
             options["headers"] = headers
         if ssl is not None:
             options["ssl"] = ssl
-        answer = session.request(method, url, **options)
-        del options, body  # thousands may wait here
         try:
+            answer = session.request(method, url, **options)
+            del options, body  # thousands may wait here
             response = await answer
         except (*FOREIGN, TypeError, ConnectTimeoutError) as caught:
             cause: Exception = caught
