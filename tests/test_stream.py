@@ -27,6 +27,7 @@ from chatkore_async import (
     StreamInterruptedError,
     Timeout,
 )
+from chatkore_async._accumulate import BATCH
 from chatkore_async._events import EventReader
 from chatkore_async.testing import (
     ChatKoreServer,
@@ -240,6 +241,20 @@ async def test_break_and_continue_in_the_block(completions, server: ChatKoreServ
         with pytest.raises(StopAsyncIteration):
             await anext(answer)
     assert "".join(got) == "abcdefgh"
+
+
+async def test_a_reader_of_single_steps_keeps_few_chunks(completions, server: ChatKoreServer) -> None:
+    """However long the stream and however slow, what `anext` handed out is merged, not kept."""
+    gates = [asyncio.Event() for _ in range(4)]
+    steps = [step for gate in gates for step in (*[delta("a")] * BATCH, Hold(gate))]
+    server.script(events(*steps, delta(finish="stop")))
+    answer = completions.stream(**ASK)
+    for gate in gates:
+        for _ in range(BATCH):
+            await anext(answer)
+        assert len(answer._merged.pending) <= BATCH
+        gate.set()
+    assert (await answer.get_final_completion()).text == "a" * BATCH * len(gates)
 
 
 async def test_every_common_and_rare_form_comes_through_anext(completions, server: ChatKoreServer) -> None:
