@@ -28,6 +28,7 @@ from ._words import masked
 from .errors import APIError, APIStatusError, APITimeoutError, ConfigurationError, Phase, StreamStalledError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=APIError)
 
 Receive: TypeAlias = Callable[["Call", Exchange], Awaitable[T]]
 """Reads an answer: what it returns is the call's result, what it raises its failure."""
@@ -125,16 +126,12 @@ class Call:
             except APIError as error:
                 return await self._retry(error, receive)
         except APIError as error:
-            error._meta = notes
-            self.end("error", error)
+            self._ended_by(error)
             raise
         except asyncio.CancelledError as cancelled:
             # The deadline passed between two attempts.
             if self._was_ours():
-                timeout = self.timeout_error()
-                timeout._meta = notes
-                self.end("error", timeout)
-                raise timeout from cancelled
+                raise self._ended_by(self.timeout_error()) from cancelled
             self.end("cancelled")
             raise
         except BaseException as error:
@@ -145,8 +142,8 @@ class Call:
     async def _retry(self, error: APIError, receive: Receive[T]) -> T:
         retries = Retries(self.settings.policy, self._bucket)
 
-        def again(failure: BaseException) -> float | None:
-            if not isinstance(failure, APIError) or not retries.again(failure, self._total_at - self.pool.loop.time()):
+        def again(failure: APIError) -> float | None:
+            if not retries.again(failure, self._total_at - self.pool.loop.time()):
                 return None
             self._note_retry(failure, retries)
             return retries.delay
@@ -154,7 +151,10 @@ class Call:
         def attempt() -> Awaitable[T]:
             return self._attempt(receive, retries.delay)
 
-        return await retry(error, attempt, again=again, sleep=asyncio.sleep)
+        try:
+            return await retry(error, attempt, again=again, sleep=asyncio.sleep)
+        finally:
+            del error  # or its traceback, which has this frame, would hold itself
 
     async def _attempt(self, receive: Receive[T], waited: float) -> T:
         """Make one attempt: leave, place, request, answer."""
@@ -205,10 +205,8 @@ class Call:
             if self._expired is not None:
                 # The read failed because the deadline closed its connection.
                 self._was_ours()
-                timeout = self.timeout_error()
-                self._note_failure(timeout)
-                raise timeout from error
-            self._note_failure(error)
+                raise self._noted(self.timeout_error()) from error
+            self._noted(error)
             if error.message != (message := masked(error.message, notes.secret)):
                 # Not even HTTP, and yet an echo of the key: what aiohttp raised shows it too, and so do its frames.
                 error.message, error.args = message, (message,)
@@ -216,9 +214,7 @@ class Call:
             raise
         except asyncio.CancelledError as cancelled:
             if self._was_ours():
-                timeout = self.timeout_error()
-                self._note_failure(timeout)
-                raise timeout from cancelled
+                raise self._noted(self.timeout_error()) from cancelled
             raise
         finally:
             if exchange is not None and not outgoing.stream:
@@ -385,7 +381,17 @@ class Call:
         )
         _hooks.notify(self.settings.hooks, "on_call_start", start)
 
-    def _note_failure(self, error: APIError) -> None:
+    # An error that is made and raised in one frame must not be a local of it: its traceback has the frame, and both
+    # would wait for the garbage collector. So what notes an error down returns it.
+
+    def _ended_by(self, error: E) -> E:
+        """Close the books over an error, and give it the call's metadata."""
+        error._meta = self.notes
+        self.end("error", error)
+        return error
+
+    def _noted(self, error: E) -> E:
+        """Write down that an attempt failed."""
         notes = self.notes
         if self.exchange is not None:
             self.exchange.abort()
@@ -397,10 +403,11 @@ class Call:
         if logger.isEnabledFor(logging.DEBUG):
             self._log(attempt, type(error).__name__)
         self._release_permit(None, error)
+        return error
 
     def fail(self, error: APIError) -> None:
         """Write down that a stream failed after its first delta, and give the error the call's metadata."""
-        self._note_failure(error)
+        self._noted(error)
         error._meta = self.notes
 
     def _note_retry(self, error: APIError, retries: Retries) -> None:

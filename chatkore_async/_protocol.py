@@ -78,10 +78,13 @@ def read_completion(head: Head, body: bytes) -> ChatCompletion:
         APIError: the answer is, or hides, an error, or is not what the API speaks.
     """
     found = _completion_or_error(head, body)
-    if isinstance(found, APIError):
-        body = b""  # it may echo the key, and tracebacks show locals
+    if isinstance(found, ChatCompletion):
+        return found
+    try:
         raise found
-    return found
+    finally:
+        # The body may echo the key, and tracebacks show locals; the error would hold itself by its traceback.
+        del found, body
 
 
 def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
@@ -125,10 +128,12 @@ def read_models(head: Head, body: bytes) -> list[Model]:
         APIError: the answer is, or hides, an error, or is not what the API speaks.
     """
     found = _models_or_error(head, body)
-    if isinstance(found, APIError):
-        body = b""  # as above
+    if isinstance(found, list):
+        return found
+    try:
         raise found
-    return found
+    finally:
+        del found, body  # as above
 
 
 def _models_or_error(head: Head, body: bytes) -> list[Model] | APIError:

@@ -122,7 +122,7 @@ async def retry(
     error: APIError,
     attempt: Callable[[], Awaitable[T]],
     *,
-    again: Callable[[BaseException], float | None],
+    again: Callable[[APIError], float | None],
     sleep: Callable[[float], Awaitable[None]],
 ) -> T:
     """Repeat `attempt` after `error`, as long as `again` gives a delay, and return its result.
@@ -133,26 +133,37 @@ async def retry(
         again: seconds to wait after a failure, or `None` when that failure is to be raised.
         sleep: waits.
     """
-    failure: APIError | None = error
-    delay = 0.0
+    delay = again(error)
+    try:
+        if delay is None:
+            raise error
+    finally:
+        del error  # or its traceback, which has this frame, would hold itself
+    await sleep(delay)
 
-    async def next_attempt() -> T:
-        nonlocal failure
-        if failure is not None:
-            first, failure = failure, None
-            raise first
-        return await attempt()
+    # Failures pass through tenacity as results: its frames keep the outcome, and would be in the outcome's traceback.
+    async def next_attempt() -> T | APIError:
+        try:
+            return await attempt()
+        except APIError as failure:
+            return failure
 
-    def wanted(caught: BaseException) -> bool:
+    def wanted(result: T | APIError) -> bool:
         nonlocal delay
-        found = again(caught) if isinstance(caught, APIError) else None
-        delay = found or 0.0
-        return found is not None
+        delay = again(result) if isinstance(result, APIError) else None
+        return delay is not None
 
     # Made anew for each call: one AsyncRetrying shared by tasks mixes up their state.
-    return await _tenacity.AsyncRetrying(
-        retry=_tenacity.retry_if_exception(wanted),
-        wait=lambda _state: delay,
-        sleep=sleep,
-        reraise=True,
-    )(next_attempt)
+    retrying = _tenacity.AsyncRetrying(
+        retry=_tenacity.retry_if_result(wanted), wait=lambda _state: delay or 0.0, sleep=sleep
+    )
+    try:
+        result: T | APIError = await retrying(next_attempt)
+    finally:
+        retrying.iter_state.reset()  # its steps hold it, and it holds the call
+    if not isinstance(result, APIError):
+        return result
+    try:
+        raise result
+    finally:
+        del result

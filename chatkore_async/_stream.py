@@ -362,9 +362,10 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         call.answered()
         if not exchange.is_success:
             body = await exchange.read(MAX_BODY, cut=True)
-            error = read_error(call.head, body) or not_the_api(call.head, body, None)
-            body = b""  # it may echo the key, and tracebacks show locals
-            raise error
+            try:
+                raise read_error(call.head, body) or not_the_api(call.head, body, None)
+            finally:
+                del body  # it may echo the key, and tracebacks show locals
         reader = self._reader = EventReader(call, exchange, self._limits)
         self._held.clear()
         self._merged = Accumulator()

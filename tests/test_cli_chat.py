@@ -71,7 +71,7 @@ UP, CTRL_C, CTRL_D, ALT_ENTER = b"\x1b[A", b"\x03", b"\x04", b"\x1b\r"
 
 def environment(server: ChatKoreServer | None, home: Path, **variables: str) -> dict[str, str]:
     """Return the variables of a process that talks to a server and has a home of its own."""
-    unwanted = ("NO_COLOR", "FORCE_COLOR", "PYTHONASYNCIODEBUG", "XDG_STATE_HOME")
+    unwanted = ("NO_COLOR", "FORCE_COLOR", "PYTHONASYNCIODEBUG", "XDG_STATE_HOME", "COLUMNS", "LINES")
     where = {} if server is None else {"CHATKORE_BASE_URL": server.base_url}
     return {
         **{name: value for name, value in os.environ.items() if name not in unwanted},

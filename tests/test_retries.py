@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import ssl
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import FrameType
 
 import pytest
 import trustme
@@ -31,6 +33,7 @@ from chatkore_async import (
     StreamInterruptedError,
     Timeout,
 )
+from chatkore_async._call import Call
 from chatkore_async.testing import (
     ChatKoreServer,
     Cut,
@@ -526,3 +529,29 @@ async def test_interrupted_events_for_an_awaited_call_count_as_lost(
 def test_raw_replies_are_told_apart() -> None:
     """The cases above are what they claim to be."""
     assert isinstance(UNCONFIRMED["died before a byte"], Raw)
+
+
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize("body", [b'{"error": {"message": "no"}}', b"<html>", b"{}", b""])
+async def test_a_failed_call_is_freed_at_once(server: ChatKoreServer, status: int, body: bytes) -> None:
+    """No frame of ours is in a ring with the error it raises: memory does not wait for the garbage collector."""
+    server.always(Reply(status=status, steps=(body,)))
+    async with AsyncChatKore(api_key="test", base_url=server.base_url, retry=RetryPolicy(initial_delay=0)) as client:
+
+        async def fail() -> None:
+            with contextlib.suppress(APIError):
+                await client.chat.completions.create(**ASK)
+
+        await fail()
+        gc.collect()
+        gc.disable()
+        try:
+            await fail()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = [thing for thing in gc.garbage if isinstance(thing, (FrameType, BaseException, Call))]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+    assert left == []
