@@ -109,7 +109,7 @@ _EVERY = (
         path="later",
         measure="wall",
         unit="s",
-        rounds=5,
+        rounds=3,
         points=(Point(concurrency=10_000, count=10_000, peers=10_000),),
     ),
     Row(

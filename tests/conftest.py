@@ -1,5 +1,6 @@
 """What all tests share: a relay on the loopback interface, a client of it, and asyncio's debug mode."""
 
+import gc
 import os
 
 # Read whenever an event loop is made: coroutines never awaited and slow callbacks are told of.
@@ -18,6 +19,12 @@ pytest_plugins = ["chatkore_async.testing.fixtures"]
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the suite is made of out of every later collection: many tests ask for one, to see what is left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

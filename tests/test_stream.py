@@ -1053,9 +1053,12 @@ def test_readers_have_a_repr() -> None:
     assert repr(reader) == "<EventReader open holding 1>"
 
 
-async def test_a_stream_of_too_many_parts_at_once(server: ChatKoreServer, client: AsyncChatKore) -> None:
+async def test_a_stream_of_too_many_parts_at_once(
+    server: ChatKoreServer, client: AsyncChatKore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What has too many parts is refused also when its end came with them."""
-    parts = [{"index": n, "delta": {"content": "x"}, "finish_reason": "stop"} for n in range(250_001)]
+    monkeypatch.setattr("chatkore_async._accumulate.MAX_PARTS", 2500)  # what 250,000 take is a test of the bounds
+    parts = [{"index": n, "delta": {"content": "x"}, "finish_reason": "stop"} for n in range(2501)]
     server.script(events({"choices": parts}))
     async with client.chat.completions.stream(**ASK) as stream:
         with pytest.raises(InvalidResponseError, match="more than 250,000 choices"):
