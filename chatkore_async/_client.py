@@ -421,7 +421,7 @@ def _fields(request: object, params: dict[str, Any]) -> dict[str, Any]:
             raise TypeError(f"the positional argument is a ChatCompletionRequest, not {type(request).__name__}")
         if params:
             raise TypeError(f"a ready request takes options only, not {', '.join(map(repr, params))}")
-        return msgspec.structs.asdict(request)
+        return {name: value for name, value in msgspec.structs.asdict(request).items() if value is not UNSET}
     if not _codec.REQUEST_FIELDS.issuperset(params):
         import difflib
 

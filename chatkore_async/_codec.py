@@ -133,7 +133,7 @@ def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mappi
     Raises:
         InvalidRequestError: with the path of the fault.
     """
-    body = {name: value for name, value in fields.items() if value is not UNSET}
+    body = dict(fields)
     messages = body.get("messages")
     if isinstance(messages, _LISTS) or _is_lazy(messages):
         body["messages"] = [
@@ -153,10 +153,11 @@ def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mappi
     if extra_body is not None:
         if not isinstance(cast("object", extra_body), Mapping):
             _refuse("$.extra_body", f"expected a mapping, got {type(extra_body).__name__}")
-        body = {name: value for name, value in {**body, **extra_body}.items() if value is not UNSET}
+        body |= extra_body
         encoded = _encoded(body)
     # msgspec writes NaN and infinity as null, so only a body with a null in it can hide one.
-    if b"null" in encoded and (fault := _find_fault(body, _not_finite)):
+    # `find`, since `in` first takes the bytes for a number, and has an error made and dropped.
+    if encoded.find(b"null") >= 0 and (fault := _find_fault(body, _not_finite)):
         _refuse(*fault)
     return encoded
 
@@ -175,9 +176,12 @@ def _encoded(body: dict[str, Any]) -> bytes:
     try:
         return _encode(body)
     except _UNENCODABLE as error:
-        lazy = [name for name, value in body.items() if isinstance(value, Iterator)]
-        if lazy:
-            body.update((name, list(body[name])) for name in lazy)
+        odd = [name for name, value in body.items() if value is UNSET or isinstance(value, Iterator)]
+        for name in odd:
+            value = body.pop(name)
+            if value is not UNSET:
+                body[name] = list(value)
+        if odd:
             return _encoded(body)
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         _refuse(*(_find_fault(body, _why_not) or ("$", reason)), error)

@@ -3,6 +3,7 @@
 No I/O beside reading the environment.
 """
 
+import functools
 import hashlib
 import re
 import sys
@@ -252,13 +253,19 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             InvalidRequestError: the query cannot be encoded.
         """
-        url = self.base_url + path
+        url = _joined(self.base_url, path)
         if not query:
             return url
         try:
             return f"{url}?{urlencode(query, doseq=True)}"
         except (TypeError, ValueError) as error:
             raise InvalidRequestError(f"$.extra_query: {error}", path="$.extra_query") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _joined(base_url: str, path: str) -> str:
+    """The same string for each call: its hash, which caches on the way ask for, is computed once."""
+    return base_url + path
 
 
 def make_endpoint(
