@@ -141,7 +141,8 @@ class EventReader:
             self._check(events)
         if events:
             self._last_event = size
-            self._add(events)
+            events.reverse()
+            self.events[:0] = events
             self._stop_waiting()
 
     def _take_other(self, data: bytes) -> list[bytes]:
