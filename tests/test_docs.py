@@ -33,7 +33,7 @@ OUTPUT = "<!-- output -->"
 NOT_RUN = re.compile(r"<!-- not run:(.*)-->")
 COMMANDS = [
     "python3 -m venv .venv && .venv/bin/pip install -q -e '.[cli]' && .venv/bin/chatkore demo",
-    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/python -m pytest",
+    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/python -m pytest -n auto",
 ]
 
 
