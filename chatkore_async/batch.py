@@ -108,7 +108,8 @@ async def run_batch(
         output: a path. The file is locked meanwhile, so that no two runs write to it; not on Windows.
         concurrency: how many requests are asked at a time.
         retry_failed: whether to ask again what has failed before, and to replace its lines.
-        on_progress: called with the summary so far, before the first request and after each.
+        on_progress: called with the summary so far: before the first request, after each, and when the run is
+            cancelled, with what is then written.
 
     Raises:
         BatchError: lines of the input are malformed or have the same `custom_id`; the output has lines that are no
@@ -173,10 +174,12 @@ class _Run:
                 writer.put(self._line(result))
                 self._report()
                 await writer.room()
-        except BaseException:
+        except BaseException as stopped:
             # What is finished is billed: it is written, whatever the reason to stop.
             for result in filter(_is_line, results.ready()):
                 writer.put(self._line(result))
+            if isinstance(stopped, asyncio.CancelledError):  # and not what the caller's own function raised
+                self._report()
             raise
 
     def _line(self, result: MapResult) -> bytes:

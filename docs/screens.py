@@ -6,6 +6,7 @@ extra `llm` and its model as well.
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -59,9 +60,9 @@ class Terminal:
 
     def __init__(self, name: str, columns: int, rows: int, environment: dict[str, str]) -> None:
         self._socket = f"chatkore-{os.getpid()}-{name}"
-        self._place = tempfile.mkdtemp()
+        self.place = Path(tempfile.mkdtemp())
         shown = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
-        shell = f"cd {self._place} && env {shown} PS1='$ ' bash --norc --noprofile"
+        shell = f"cd {self.place} && env {shown} PS1='$ ' bash --norc --noprofile"
         self._tmux("-f", "/dev/null", "new-session", "-d", "-x", str(columns), "-y", str(rows), shell)
         self.wait(r"\$$")
 
@@ -102,7 +103,7 @@ class Terminal:
         """End it and all that runs in it."""
         with contextlib.suppress(subprocess.CalledProcessError):
             self._tmux("kill-server")
-        shutil.rmtree(self._place, ignore_errors=True)
+        shutil.rmtree(self.place, ignore_errors=True)
 
 
 class Scene(NamedTuple):
@@ -152,6 +153,28 @@ def serve(terminal: Terminal) -> None:
     terminal.wait(r"Stopped.*\n[\s\S]*\$$")
 
 
+def batch(terminal: Terminal) -> None:
+    """A batch that is stopped, goes on where it ended, and then asks again what had failed."""
+    with (terminal.place / "in.jsonl").open("w") as lines:
+        for number in range(20_000):
+            body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": f"What is {number} + 1?"}]}
+            line = {"custom_id": f"question-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+            print(json.dumps(line), file=lines)
+    (terminal.place / "faults.json").write_text('{"rules": [{"first": 12, "status": 400}]}')
+    options = ["--port", "0", "--quiet", "--interval", "0", "--script", str(terminal.place / "faults.json")]
+    command = [sys.executable, "-m", "chatkore_async.cli", "serve", *options]
+    with serving(command) as url:
+        terminal.type(f"clear; export CHATKORE_BASE_URL={url}; clear")
+        terminal.type("chatkore batch in.jsonl out.jsonl")
+        terminal.wait(r"[5-9]\d{3}/20000")
+        terminal.press("C-c")
+        terminal.wait(r"\n\$$")
+        terminal.type("chatkore batch in.jsonl out.jsonl")
+        terminal.wait(r"asks again\.\n\$$")
+        terminal.type("chatkore batch in.jsonl out.jsonl --retry-failed")
+        terminal.wait(r"Every request.*\n\$$")
+
+
 def llm(terminal: Terminal) -> None:
     """A conversation with a real model, of which one answer is stopped."""
     command = [sys.executable, "-m", "chatkore_async.cli", "serve", "--llm", "--port", "0"]
@@ -191,6 +214,7 @@ SCENES = {
     "question": Scene(question),
     "errors": Scene(errors, rows=14),
     "serve": Scene(serve, rows=22),
+    "batch": Scene(batch, rows=48),
     "llm": Scene(llm, rows=26),
     "doctor": Scene(doctor, rows=40),
 }

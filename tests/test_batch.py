@@ -704,6 +704,31 @@ async def test_what_is_finished_is_written_whatever_stops_the_run(place: Path) -
     assert results(place / "out.jsonl").keys() == {"r0", "r1", "r2", "r4"}
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_cancelled_run_tells_how_far_it_came(place: Path, turns: int) -> None:
+    """The last summary before the end counts what was written on the way out, too: it is what the output has."""
+    told: list[BatchSummary] = []
+    asked = 0
+    gate = asyncio.Event()
+
+    async def ask(**_: Any) -> ChatCompletion:
+        nonlocal asked
+        asked += 1
+        await gate.wait()
+        return ChatCompletion()
+
+    data, out = BytesIO(requests(9)), place / "out.jsonl"
+    run = asyncio.create_task(run_batch(Instant(ask), data, out, concurrency=5, on_progress=told.append))
+    while asked < 5:  # noqa: ASYNC110 - files are read in a thread
+        await asyncio.sleep(0)
+    gate.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    run.cancel()
+    await asyncio.wait([run])
+    assert told[-1].done == len(results(out))
+
+
 async def test_an_answer_that_no_server_gave(place: Path) -> None:
     """A client of another kind may know no status, no usage and no JSON: the line says what there is."""
     answer = ChatCompletion(choices=[Choice(message=ChatCompletionMessage(content="Hi"))])
