@@ -118,6 +118,15 @@ class Retries:
         return error._retryable == "yes"
 
 
+class _Failed:
+    """An attempt that failed."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: APIError) -> None:
+        self.error = error
+
+
 async def retry(
     error: APIError,
     attempt: Callable[[], Awaitable[T]],
@@ -141,16 +150,17 @@ async def retry(
         del error  # or its traceback, which has this frame, would hold itself
     await sleep(delay)
 
-    # Failures pass through tenacity as results: its frames keep the outcome, and would be in the outcome's traceback.
-    async def next_attempt() -> T | APIError:
+    # Failures pass through tenacity as results, in a box that is then emptied: its frames keep what an attempt came to,
+    # and the frames of a failure's traceback lead back to them.
+    async def next_attempt() -> T | _Failed:
         try:
             return await attempt()
         except APIError as failure:
-            return failure
+            return _Failed(failure)
 
-    def wanted(result: T | APIError) -> bool:
+    def wanted(result: T | _Failed) -> bool:
         nonlocal delay
-        delay = again(result) if isinstance(result, APIError) else None
+        delay = again(result.error) if isinstance(result, _Failed) else None
         return delay is not None
 
     # Made anew for each call: one AsyncRetrying shared by tasks mixes up their state.
@@ -158,12 +168,12 @@ async def retry(
         retry=_tenacity.retry_if_result(wanted), wait=lambda _state: delay or 0.0, sleep=sleep
     )
     try:
-        result: T | APIError = await retrying(next_attempt)
+        result: T | _Failed = await retrying(next_attempt)
     finally:
         retrying.iter_state.reset()  # its steps hold it, and it holds the call
-    if not isinstance(result, APIError):
+    if not isinstance(result, _Failed):
         return result
     try:
-        raise result
+        raise result.error
     finally:
-        del result
+        del result.error
