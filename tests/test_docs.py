@@ -151,8 +151,9 @@ def run_as_tests(code: str, place: Path) -> None:
 
 
 def steadied(text: str) -> list[str]:
-    """Lines without what differs from run to run: seconds, and the port of a server."""
-    text = re.sub(r"\d+\.\d+ s\b", "# s", text)
+    """Lines without what differs from run to run: seconds (also in JSON), ids of calls, and the port of a server."""
+    text = re.sub(r"\d+\.\d+( s\b|(?=[,}]))", r"#\1", text)
+    text = re.sub(r"\b[0-9a-f]{16}\b", "#" * 16, text)
     return [re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:#", line).rstrip() for line in text.strip().splitlines()]
 
 
