@@ -99,7 +99,7 @@ _EVERY = (
         path="later",
         measure="wall",
         unit="s",
-        rounds=5,
+        rounds=3,
         points=(Point(concurrency=5000, count=5000),),
     ),
     Row(
@@ -139,7 +139,7 @@ _EVERY = (
         path="call",
         measure="cpu",
         unit="µs",
-        rounds=5,
+        rounds=3,
         points=(
             Point(at=1, concurrency=1, count=4000, peers=640),
             Point(at=8, concurrency=8, count=6000),
@@ -156,7 +156,7 @@ _EVERY = (
         path="long",
         measure="cpu",
         unit="µs",
-        rounds=5,
+        rounds=3,
         points=(
             Point(at=100, length=100, concurrency=1, count=4000, peers=30),
             Point(at=1000, length=1000, concurrency=1, count=500, peers=5),
