@@ -13,8 +13,7 @@ from typing import Final
 import msgspec
 
 from chatkore_async import Demand, RateLimit, RateLimiter, Report
-
-from ._cluster_messages import Answer, Ask, Back, Message, decode_message, encode
+from chatkore_async.integrations._cluster_messages import Answer, Ask, Back, Message, decode_message, encode
 
 LEASE: Final = 30.0
 """Seconds. A process in which nothing runs for so long is rare, and a place that is held for so long is cheap."""

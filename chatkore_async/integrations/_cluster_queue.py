@@ -19,8 +19,7 @@ from uuid import uuid4
 import msgspec
 
 from chatkore_async import ChatKoreError, ConfigurationError, Demand, RateLimit, Report, estimate_tokens
-
-from ._cluster_messages import Answer, Ask, Back, Message, decode_answer, encode
+from chatkore_async.integrations._cluster_messages import Answer, Ask, Back, Message, decode_answer, encode
 
 logger = logging.getLogger("chatkore_async")
 

@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 from chatkore_async import APIError, AsyncChatKore, ChatCompletionRequest, InvalidRequestError, Limits
-
-from ._cluster_rows import Row, failed, messages_of, row_of
+from chatkore_async.integrations._cluster_rows import Row, failed, messages_of, row_of
 
 OPTIONS: Final = frozenset({"timeout", "max_retries", "extra_headers", "extra_query", "extra_body"})
 

@@ -11,11 +11,10 @@ from uuid import uuid4
 import msgspec
 
 from chatkore_async import ConfigurationError, Demand, Limiter, RateLimit, Report
-
-from ._cluster_desk import Desk
-from ._cluster_queue import LimiterLostError, RemoteLimiter, Unreachable
-from ._cluster_rows import COLUMNS, WHOLE
-from ._cluster_worker import Key, Worker, check_params
+from chatkore_async.integrations._cluster_desk import Desk
+from chatkore_async.integrations._cluster_queue import LimiterLostError, RemoteLimiter, Unreachable
+from chatkore_async.integrations._cluster_rows import COLUMNS, WHOLE
+from chatkore_async.integrations._cluster_worker import Key, Worker, check_params
 
 try:
     # As values: the types of neither are known where Ray is not installed.
