@@ -47,6 +47,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
+autodoc_mock_imports = ["pyarrow", "ray"]  # large, and this manual is built without them
 autodoc_type_aliases = {"Session": "aiohttp.ClientSession"}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
