@@ -60,6 +60,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(aiohttp|asyncio|collections|contextlib|logging|msgspec|os|ssl|types|typing|yarl)\..*"),
     # What `create` takes: the fields of ChatCompletionRequest and CallOptions, which are described each for itself.
     (r"py:class", r"chatkore_async\._options\.CallParams"),
+    # Whatever type a data set has.
+    (r"py:class", r"chatkore_async\.integrations\.ray\.D"),
     # Annotations that autodoc shows as they are written, and which no page of ours describes.
     (r"py:class", r"UnsetType|UNSET|URL|SSLContext|optional|Self|Unpack.*|TracebackType|_\w+"),
 ]

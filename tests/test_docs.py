@@ -238,3 +238,15 @@ def test_every_public_name_is_in_the_reference() -> None:
     ):
         missing = [name for name in module.__all__ if not re.search(rf"\b{name}\b", reference)]
         assert [name for name in missing if not name.startswith("__")] == []
+
+
+def test_every_public_name_for_ray_is_in_the_reference() -> None:
+    """Nor is it left out where Ray, which is not needed to read, is not installed."""
+    source = (Path(chatkore_async.__file__).parent / "integrations" / "ray.py").read_text(encoding="utf-8")
+    [names] = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    page = (ROOT / "docs/reference/integrations-ray.md").read_text(encoding="utf-8")
+    assert [name for name in names if f"chatkore_async.integrations.ray.{name}" not in page] == []
