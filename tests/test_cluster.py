@@ -26,7 +26,7 @@ from chatkore_async import (
 from chatkore_async.integrations._cluster_desk import LEASE, LISTEN, Desk
 from chatkore_async.integrations._cluster_queue import LimiterLostError, RemoteLimiter, Unreachable
 from chatkore_async.integrations._cluster_rows import COLUMNS, WHOLE, messages_of, row_of
-from chatkore_async.integrations._cluster_worker import Key, Worker, check_params
+from chatkore_async.integrations._cluster_worker import Key, Worker, check_client, check_params
 from chatkore_async.testing import ChatKoreServer, completion, error
 from chatkore_async.types import Usage
 
@@ -721,3 +721,12 @@ def test_parameters_are_checked_where_the_job_is_started() -> None:
     assert check_params("m", {"max_tokens": 5, "timeout": 3}) == {"model": "m", "max_tokens": 5, "timeout": 3}
     with pytest.raises(InvalidRequestError, match="temprature"):
         check_params("m", {"temprature": 1})
+
+
+@pytest.mark.parametrize("name", ["api_key", "rate_limit"])
+def test_a_key_or_a_limit_among_other_settings_is_refused(name: str) -> None:
+    """It would be overlooked; and the key would be shown by whoever shows the settings."""
+    with pytest.raises(ConfigurationError, match=name) as caught:
+        check_client({"base_url": "https://host", name: "sk-secret"})
+    assert "sk-secret" not in str(caught.value)
+    assert check_client({"timeout": 5}) == {"timeout": 5}

@@ -10,7 +10,14 @@ import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
-from chatkore_async import APIError, AsyncChatKore, ChatCompletionRequest, InvalidRequestError, Limits
+from chatkore_async import (
+    APIError,
+    AsyncChatKore,
+    ChatCompletionRequest,
+    ConfigurationError,
+    InvalidRequestError,
+    Limits,
+)
 from chatkore_async.integrations._cluster_rows import Row, failed, messages_of, row_of
 
 OPTIONS: Final = frozenset({"timeout", "max_retries", "extra_headers", "extra_query", "extra_body"})
@@ -52,6 +59,18 @@ def check_params(model: str, params: Mapping[str, Any]) -> dict[str, Any]:
     except TypeError as error:
         raise InvalidRequestError(f"params: {error}") from error
     return {**params, "model": model}
+
+
+def check_client(client: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a client is made with beside its key and its limit.
+
+    Raises:
+        ConfigurationError: it has one of these, which would be overlooked.
+    """
+    for name in ("api_key", "rate_limit"):
+        if name in client:
+            raise ConfigurationError(f"{name} is an argument of its own: give it beside client=, not in it")
+    return client
 
 
 class Worker:

@@ -14,7 +14,7 @@ from chatkore_async import ConfigurationError, Demand, Limiter, RateLimit, Repor
 from chatkore_async.integrations._cluster_desk import Desk
 from chatkore_async.integrations._cluster_queue import LimiterLostError, RemoteLimiter, Unreachable
 from chatkore_async.integrations._cluster_rows import COLUMNS, WHOLE
-from chatkore_async.integrations._cluster_worker import Key, Worker, check_params
+from chatkore_async.integrations._cluster_worker import Key, Worker, check_client, check_params
 
 try:
     # As values: the types of neither are known where Ray is not installed.
@@ -162,7 +162,7 @@ class Completer:
         self._column = column
         self._prefix = prefix
         self._types = {**COLUMNS, WHOLE: str} if whole else COLUMNS
-        options = {**(client or {}), "api_key": api_key, "rate_limit": rate_limit}
+        options = {**check_client(client or {}), "api_key": api_key, "rate_limit": rate_limit}
         self._worker = Worker(check_params(model, params or {}), concurrency, whole=whole, client=options)
 
     # A generator, since Ray before 2.50 takes no other coroutine here.
@@ -233,12 +233,13 @@ def complete(
 
     Raises:
         InvalidRequestError: `params` has a name that no request has.
-        ConfigurationError: a `ClusterLimiter` cannot be made.
+        ConfigurationError: a `ClusterLimiter` cannot be made, or `client` has a key or a limit.
     """
     size: dict[Literal["size", "min_size", "max_size"], int] = (
         {"size": actors} if isinstance(actors, int) else {"min_size": actors[0], "max_size": actors[1]}
     )
     check_params(model, params or {})
+    check_client(client or {})
     arguments: dict[str, Any] = {
         "model": model,
         "column": column,
