@@ -149,7 +149,8 @@ class Accumulator:
             whole: the JSON it was made of.
         """
         self.merge()
-        items: list[Any] = [item for item in whole.get("choices") or () if isinstance(item, dict)]
+        choices = whole.get("choices")
+        items: list[Any] = [item for item in choices if isinstance(item, dict)] if isinstance(choices, list) else []
         for choice, item in zip(chunk.choices, items, strict=False):
             so_far = self._choices.get(choice.index)
             said = choice.delta.content
