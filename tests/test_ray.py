@@ -152,38 +152,39 @@ def test_rows_of_an_actor_that_was_killed_are_answered_by_another(
     assert relay.request_count <= 40 + 10
 
 
-class Signs:
-    """A hook that leaves a file for each process that makes calls."""
+class Caller:
+    """An actor with a client of its own, as others than Ray Data may have."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    async def ready(self) -> None: ...
 
-    def on_call_start(self, _: object) -> None:
-        (self.folder / str(os.getpid())).touch()
+    async def ask(self, url: str, limiter: Any, count: int) -> list[str]:
+        async with AsyncChatKore(api_key=KEY, base_url=url, rate_limit=limiter) as client:
+            messages: Any = [{"role": "user", "content": "Hello"}]
+            calls = [client.chat.completions.create(model="m", messages=messages) for _ in range(count)]
+            return [answer.text for answer in await asyncio.gather(*calls)]
 
 
-def test_actors_share_one_limit(cluster: Any, relay: ChatKoreServer, tmp_path: Path) -> None:
+def test_actors_share_one_limit(cluster: Any, relay: ChatKoreServer) -> None:
     """However many actors there are, no more attempts are in flight, as the server counts them."""
+    from chatkore_async.integrations.ray import ClusterLimiter
+
     in_flight = most = 0
 
     async def respond(_: Any) -> Any:
         nonlocal in_flight, most
         in_flight += 1
         most = max(most, in_flight)
-        async with asyncio.timeout(PATIENCE):
-            while len(list(tmp_path.iterdir())) < 2:  # noqa: ASYNC110, ASYNC240 - files of other processes
-                await asyncio.sleep(0.05)
         await asyncio.sleep(0.02)  # so that those who may overlap do
         in_flight -= 1
         return completion("yes")
 
     relay.respond_with(respond)
-    client = {"base_url": relay.base_url, "hooks": [Signs(tmp_path)]}
-    limit = RateLimit(max_concurrency=3)
-    out = run(rows_of(cluster, 60, blocks=12), relay, client=client, concurrency=20, rate_limit=limit).take_all()
-    assert {row["completion"] for row in out} == {"yes"}
+    limiter = ClusterLimiter(RateLimit(max_concurrency=3))
+    callers = [cluster.remote(Caller).options(num_cpus=0).remote() for _ in range(2)]
+    cluster.get([caller.ready.remote() for caller in callers])
+    answers = cluster.get([caller.ask.remote(relay.base_url, limiter, 30) for caller in callers], timeout=PATIENCE)
+    assert answers == [["yes"] * 30] * 2
     assert most == 3
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_rate_holds_over_all_actors(cluster: Any, relay: ChatKoreServer) -> None:
