@@ -5,7 +5,7 @@ an `append` for each. Texts are kept in pieces and joined when a completion is a
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -150,7 +150,8 @@ class Accumulator:
         """
         self.merge()
         choices = whole.get("choices")
-        items: list[Any] = [item for item in choices if isinstance(item, dict)] if isinstance(choices, list) else []
+        listed = cast("list[object]", choices) if isinstance(choices, list) else []
+        items: list[Any] = [item for item in listed if isinstance(item, dict)]
         for choice, item in zip(chunk.choices, items, strict=False):
             so_far = self._choices.get(choice.index)
             said = choice.delta.content
