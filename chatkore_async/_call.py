@@ -111,7 +111,7 @@ class Call:
             APIError: the last attempt's, with the call's metadata.
         """
         notes = self.notes
-        task = self._task = asyncio.current_task(self.pool.loop)  # without it, the process's id is asked for
+        task = self._task = asyncio.current_task(self.pool.loop)  # to find the loop is a system call on 3.11
         self._cancelling = task.cancelling() if task is not None else 0
         settings = self.settings
         total = settings.timeout.total_for(stream=self.outgoing.stream)

@@ -141,8 +141,7 @@ class EventReader:
             self._check(events)
         if events:
             self._last_event = size
-            events.reverse()
-            self.events[:0] = events
+            self._add(events)
             self._stop_waiting()
 
     def _take_other(self, data: bytes) -> list[bytes]:

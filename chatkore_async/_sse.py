@@ -100,10 +100,9 @@ class Decoder:
         """
         # One event, alone in its segment, as most are: the end of its line and an empty line are the only line ends.
         # Slices and single bytes, since `find` and `startswith` take longer to parse their arguments than to look.
-        event = data[_FIELD:-2]
         if (
             self._fresh
-            and event
+            and (event := data[_FIELD:-2])
             and _LF not in event
             and _CR not in event
             and data[:_FIELD] == b"data: "
