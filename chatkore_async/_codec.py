@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from . import _tolerant
 from ._requests import ChatCompletionRequest
-from ._responses import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, Model, ToolCall, Usage
+from ._responses import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, Mended, Model, ToolCall, Usage
 from .errors import InvalidRequestError
 
 REQUEST_FIELDS = frozenset(ChatCompletionRequest.__struct_fields__)
@@ -339,7 +339,7 @@ def decode_completion(body: bytes) -> tuple[ChatCompletion, object]:
             choice.finish_reason = None
     if completion.usage is not None and not completion.usage.total_tokens and completion.usage == _NO_TOKENS:
         completion.usage = None
-    completion._raw = body
+    completion._raw = body if whole is None else Mended(body)
     return completion, whole
 
 
@@ -350,7 +350,7 @@ def decode_chunk(data: bytes) -> tuple[ChatCompletionChunk, dict[str, Any]]:
         NotJSONError: `data` is not a JSON object.
     """
     chunk, whole = _decode_tolerantly(_tolerant.chunk, data)
-    chunk._raw = bytes(data)
+    chunk._raw = Mended(data)
     return chunk, whole
 
 

@@ -8,13 +8,12 @@ does not have, so that a message which needs care (an `error` beside the choices
 `reasoning_content`) fails strict decoding as well. A gate costs nothing on the messages that pass.
 """
 
-import json
-import re
-from typing import Annotated, Any, Literal, NoReturn, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from ._json import overlaid, parse
 from ._meta import Carrier, MetaCarrier
 
 FinishReason = Annotated[str, msgspec.Meta(min_length=1, pattern="^(?!null$)")]
@@ -26,35 +25,6 @@ Completeness = Literal["complete", "unconfirmed", "truncated"]
 _NullGate = None | UnsetType
 _ShutGate = UnsetType
 _GatedStr = Annotated[str, msgspec.Meta(min_length=1)]  # `""` means the default
-
-# Every escape is matched, so that the backslash of `\\ud800`, which is none, is not taken for the start of one.
-_ESCAPE = r"(?s)\\(?:u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(u[dD][89a-fA-F][\da-fA-F]{2})|.)"
-
-
-def parse(data: bytes) -> object:
-    """Return the JSON value in `data`, however it was written.
-
-    Forgiven are a BOM, control characters inside strings and numbers beyond a double; `NaN` is not. Invalid UTF-8 and
-    half a surrogate pair (somebody cut an emoji in two) become U+FFFD.
-
-    Raises:
-        ValueError: it is not JSON, or nested too deeply to be an answer.
-    """
-    text = data.decode("utf-8-sig", "replace").strip()
-    try:
-        return cast("object", msgspec.json.decode(text))
-    except (msgspec.DecodeError, RecursionError) as error:
-        try:
-            whole = re.sub(_ESCAPE, lambda escape: "\ufffd" if escape[1] else escape[0], text)
-            return cast("object", json.loads(whole, strict=False, parse_constant=_refuse))
-        except (ValueError, RecursionError):
-            # msgspec calls a number without its end invalid, where it calls all else without one truncated.
-            cut = "invalid number" in str(error) and text.endswith(("-", "+", ".", "e", "E"))
-            raise ValueError("Input data was truncated" if cut else str(error)) from error
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"JSON has no {constant}")
 
 
 # Not known to the garbage collector, which a busy service would have look at every delta: nothing here leads back to
@@ -211,6 +181,16 @@ class Choice(_Received):
     _error: _NullGate = msgspec.field(name="error", default=UNSET)
 
 
+class Mended(bytes):
+    """A message that strict decoding refused: what it means was found out, and is not what everybody reads in it."""
+
+    __slots__ = ()
+
+
+_SAID_ELSEWHERE = frozenset({"message", "delta", "reasoning", "error", "usage", "x_groq"})
+"""Names by which a message that was mended says what a declared field holds since."""
+
+
 class _Answer(MetaCarrier):
     """What completions and chunks share: the bytes they came from."""
 
@@ -230,6 +210,22 @@ class _Answer(MetaCarrier):
             return cast("dict[str, Any]", msgspec.to_builtins(self))
         whole = parse(raw)
         return cast("dict[str, Any]", cast("list[object]", whole)[0] if isinstance(whole, list) else whole)
+
+    def to_json(self) -> bytes:
+        """Return JSON in the API's own form, for whoever speaks it too.
+
+        These are the bytes that arrived, where they have that form. A message that had to be mended is encoded anew:
+        declared fields as they were understood, the vendor's as they came. So is what was made by hand, or merged from
+        a stream.
+        """
+        raw = getattr(self, "_raw", None)
+        if raw is not None and not isinstance(raw, Mended):
+            return cast("bytes", raw)
+        declared = cast("dict[str, Any]", msgspec.to_builtins(self))
+        try:
+            return msgspec.json.encode(overlaid({} if raw is None else self.to_dict(), declared, _SAID_ELSEWHERE))
+        except (ValueError, OverflowError):  # a vendor's number that Python or JSON cannot hold
+            return msgspec.json.encode(overlaid({}, declared, _SAID_ELSEWHERE))
 
 
 class ChatCompletion(_Answer, _Received):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from ._json import parse
 from ._responses import (
     Annotation,
     Audio,
@@ -28,7 +29,6 @@ from ._responses import (
     ToolCall,
     ToolCallDelta,
     Usage,
-    parse,
 )
 
 __all__ = ["chunk", "completion", "models", "parse"]

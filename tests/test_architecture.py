@@ -11,7 +11,7 @@ import chatkore_async
 PACKAGE = Path(chatkore_async.__file__).parent
 
 FLOORS = [
-    ["_version", "_meta", "_responses", "_requests"],
+    ["_version", "_json", "_meta", "_responses", "_requests"],
     ["errors", "types", "_limiter", "_pacing", "_adaptive"],
     ["_config", "_tolerant", "_sse", "_hooks", "_headers", "_words", "_estimate"],
     ["_codec", "_reports", "_options", "_accumulate", "_notes", "_group"],
@@ -28,11 +28,23 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms of one floor may build on each other only where this says so.
-NEIGHBOURS = {("_responses", "_meta"), ("_requests", "_responses")}
+NEIGHBOURS = {("_responses", "_json"), ("_responses", "_meta"), ("_requests", "_responses")}
 BUILT_ON_TOP = ("testing", "cli", "integrations")
 
 FREE_OF_IO = {
-    *("_meta", "_responses", "_requests", "errors", "types", "_config", "_tolerant", "_sse", "_hooks", "_codec"),
+    *(
+        "_json",
+        "_meta",
+        "_responses",
+        "_requests",
+        "errors",
+        "types",
+        "_config",
+        "_tolerant",
+        "_sse",
+        "_hooks",
+        "_codec",
+    ),
     *("_headers", "_words", "_reports", "_notes", "_classify", "_accumulate", "_protocol", "_options"),
     *("_limiter", "_pacing", "_adaptive", "_estimate", "_group", "_batch_lines", "_batch_plan"),
 }
