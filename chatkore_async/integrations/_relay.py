@@ -19,7 +19,7 @@ import math
 from collections.abc import Awaitable, Callable, Generator
 from typing import Final, TypeAlias
 
-from chatkore_async import APIError, ChatKoreError, ChatStream
+from chatkore_async import APIError, ChatKoreError, ChatStream, ConfigurationError
 from chatkore_async.integrations._refusals import SHUTTING_DOWN, Refusal, refusal
 
 __all__ = ["HEADERS", "Relay", "Relays", "Write"]
@@ -46,9 +46,15 @@ class Relay:
         stream: what is relayed; it may have been opened, and read from.
         heartbeat: seconds of silence after which a comment is written; `None` disables it.
         send_timeout: seconds that a write may take, after which the reader is given up; `None` disables the limit.
+
+    Raises:
+        ConfigurationError: one of the two is no time above 0.
     """
 
     def __init__(self, stream: ChatStream, *, heartbeat: float | None, send_timeout: float | None) -> None:
+        for name, limit in (("heartbeat", heartbeat), ("send_timeout", send_timeout)):
+            if limit is not None and not limit > 0:
+                raise ConfigurationError(f"{name} must be seconds above 0, or None for none, not {limit!r}")
         self._stream = stream
         self._heartbeat = heartbeat
         self._send_timeout = send_timeout
@@ -120,19 +126,19 @@ class Relay:
         self._opening = self._loop.create_task(self._stream.open())
         try:
             await asyncio.wait((self._opening,), timeout=self._heartbeat)
-            if not self._opening.done():
-                return None
-            return await self._opened()
+            refused = await self._opened() if self._opening.done() else None
         except BaseException:
             self.close()
             raise
+        if refused is not None:
+            self.close()
+        return refused
 
     async def _opened(self) -> Refusal | None:
         assert self._opening is not None
         try:
             await self._opening
         except APIError as error:
-            self.close()
             return _told(error)
         return self._refusal
 
@@ -173,9 +179,7 @@ class Relay:
         stream, time = self._stream, self._loop.time
         try:
             async for chunk in stream:
-                data = chunk.to_json()
-                if b"\n" in data:  # of several lines, which all are lines of the event
-                    data = data.replace(b"\n", b"\ndata: ")
+                data = chunk.to_json().replace(b"\n", b"\ndata: ")  # each line of an event has its field's name
                 if self._comment is not None:
                     await self._pause()
                 self._writing = True

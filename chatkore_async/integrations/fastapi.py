@@ -124,7 +124,7 @@ async def stream_response(
 
     Raises:
         RuntimeError: the stream has been read to its end, or is being read elsewhere.
-        ConfigurationError: its client is closed.
+        ConfigurationError: its client is closed, or a limit is no time above 0.
     """
     relay = Relay(stream, heartbeat=heartbeat, send_timeout=send_timeout)
     service = _service(request)
