@@ -11,6 +11,7 @@ where something else is said.
     /held/N/…        streamed: the first deltas up to a text, and the rest when told; not streamed: nothing until told
     /control/counts  connections and requests so far, how many are held, and the CPU seconds used
     /control/release lets go what is held
+    /control/pace-MS lets go the streams that are held, one event a segment, every MS ms, each at a moment of its own
 
 `python -m benchmarks.server [CORE]` prints its ports, and serves until standard input ends. It has several, since the
 connections that one run has closed keep their port pairs from the next run for a minute.
@@ -18,6 +19,7 @@ connections that one run has closed keep their port pairs from the next run for 
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -57,6 +59,12 @@ class Counts:
         for connection in held:
             connection.finish()
 
+    def pace(self, interval: float) -> None:
+        held, self.held = self.held, []
+        now = asyncio.get_running_loop().time()
+        for number, connection in enumerate(held):
+            connection.finish_paced(now + interval * number / len(held), interval)
+
     def answer_later(self, connection: "Server") -> None:
         """One timer for all, since all wait equally long."""
         loop = asyncio.get_running_loop()
@@ -79,6 +87,7 @@ class Server(asyncio.Protocol):
         self._counts = counts
         self._buffer = b""
         self._held = b""  # what is left to send of an answer that is held
+        self._segments: tuple[bytes, ...] = ()  # of which that is a part, if it is a stream
         self._blocks: Iterator[bytes] = iter(())
         self._paused = False
         self._asked = False  # for an answer; those that only ask for the counts are not counted
@@ -136,8 +145,11 @@ class Server(asyncio.Protocol):
             raise ValueError(f"the server knows no {path!r}")
 
     def _control(self, argument: bytes) -> None:
-        if argument == b"release":
+        what, _, milliseconds = argument.partition(b"-")
+        if what == b"release":
             self._counts.release()
+        elif what == b"pace":
+            self._counts.pace(int(milliseconds) / 1000)
         self.send(answers.whole(self._counts.as_bytes()))
 
     def _hold(self, length: int, *, streamed: bool) -> None:
@@ -146,6 +158,7 @@ class Server(asyncio.Protocol):
             segments = answers.segments(length)
             self.send(answers.STREAM_HEAD + b"".join(segments[:HELD_AFTER]))
             self._held = b"".join(segments[HELD_AFTER:])
+            self._segments = segments
         self._counts.held.append(self)
 
     def _pace(self, segments: tuple[bytes, ...], number: int) -> None:
@@ -168,6 +181,18 @@ class Server(asyncio.Protocol):
         """Send the rest of an answer that is held."""
         held, self._held = self._held, b""
         self.send(held)
+
+    def finish_paced(self, at: float, interval: float) -> None:
+        """Send the rest of a stream that is held, piece by piece from then on."""
+        self._held = b""
+        self._loop.call_at(at, self._go_on, HELD_AFTER, at, interval)
+
+    def _go_on(self, number: int, at: float, interval: float) -> None:
+        self.send(self._segments[number])
+        if number < len(self._segments) - 1:
+            # Who was late keeps to its moments, and lets some pass: else those of many streams would draw together.
+            at += interval * max(1, math.ceil((self._loop.time() - at) / interval))
+            self._loop.call_at(at, self._go_on, number + 1, at, interval)
 
     def send(self, data: bytes) -> None:
         if not self._transport.is_closing():
