@@ -57,7 +57,7 @@ toc_object_entries_show_parents = "hide"
 
 # No inventories are fetched while the manual is built, so names of other packages cannot be links.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(aiohttp|asyncio|collections|contextlib|logging|msgspec|os|ssl|types|typing|yarl)\..*"),
+    (r"py:.*", r"(aiohttp|asyncio|collections|contextlib|logging|msgspec|os|ssl|starlette|types|typing|yarl)\..*"),
     # What `create` takes: the fields of ChatCompletionRequest and CallOptions, which are described each for itself.
     (r"py:class", r"chatkore_async\._options\.CallParams"),
     # Whatever type a data set has.
@@ -162,6 +162,7 @@ def _shown(hint: object) -> str:
     text = re.sub(r"\b(?:chatkore_async|collections|typing|msgspec|ssl)(?:\.\w+)*\.(?=\w)", "", text)
     text = re.sub(r"Annotated\[(\w+), Meta\(.*?\)\]", r"\1", text)
     text = re.sub(r"Optional\[(\w+)\]", r"\1 | None", text)
+    text = re.sub(r"^Union\[(.*)\]$", lambda match: match[1].replace(", ", " | "), text).replace("NoneType", "None")
     text = text.replace(_MESSAGE, "Message").replace(_PARTS, "ContentPart").replace("UnsetType", "UNSET")
     text = text.replace("Mapping[str, object]", "JSON object")
     pieces = [piece for piece in re.split(r"(\w+)", text) if piece]
