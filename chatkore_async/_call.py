@@ -298,7 +298,9 @@ class Call:
         self._phase = "first_token"
 
     def first_delta(self, now: float) -> None:
-        """The first delta of a stream came."""
+        """The first delta of a stream came, so nothing is asked again, and who asked may be a task that ends."""
+        self._task = None
+        self.outgoing = self.outgoing.once_sent()
         self._phase = "total"
         self._first_token_at = NEVER
         sent = self.notes.sent

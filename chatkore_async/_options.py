@@ -75,3 +75,7 @@ class Outgoing(msgspec.Struct, frozen=True):
     model: str
     headers: Mapping[str, str] | None = None
     stream: bool = False
+
+    def once_sent(self) -> "Outgoing":
+        """Return what there is still to say of it when it will not be sent again: not its body, which may be long."""
+        return Outgoing(self.method, self.url, None, self.model, None, self.stream)

@@ -71,7 +71,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
     )
 
     def __init__(self, make_call: Callable[[], Call], *, hide_usage: bool, limits: Limits) -> None:
-        self._make_call = make_call
+        self._make_call: Callable[[], Call] | None = make_call  # until it is made, since it has the request
         self._hide_usage = hide_usage
         self._limits = limits
         self._call: Call | None = None
@@ -163,9 +163,10 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         """
         if self._busy:
             raise RuntimeError(_BUSY)
-        if self._call is not None or self._ended:
+        if self._make_call is None or self._ended:
             return
         call = self._call = self._make_call()
+        self._make_call = None
         task = self._opener = asyncio.current_task()
         cancelling = 0 if task is None else task.cancelling()
         self._busy = True
