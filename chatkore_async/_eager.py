@@ -38,7 +38,7 @@ class EagerRequest(aiohttp.ClientRequest):
 REQUEST_CLASS: Final = aiohttp.ClientRequest if sys.version_info >= (3, 12) else EagerRequest
 
 
-def begin(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any) -> Any:
+def begin(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
     """Make a task for a coroutine; a writing is begun before, and if it is over then, there is nothing but its outcome.
 
     Args:
@@ -70,7 +70,7 @@ class _Rest:
             while True:
                 try:
                     value = yield waits_for
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001 - the coroutine's to catch
                     waits_for = self._coroutine.throw(error)
                 else:
                     waits_for = self._coroutine.send(value)
