@@ -347,7 +347,7 @@ class ChatCompletionChunk(_Answer, _Received):
     def raw(self) -> bytes:
         """The event's data as it arrived; for a chunk made by hand, its encoding."""
         raw = getattr(self, "_raw", None)
-        return raw if raw is not None else msgspec.json.encode(self)
+        return bytes(raw) if raw is not None else msgspec.json.encode(self)  # and not a `Mended`
 
 
 class Model(_Received):

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias
 
 from chatkore_async import APIError, ChatKoreError, ChatStream, ConfigurationError
@@ -63,6 +63,7 @@ class Relay:
         self._opening: asyncio.Task[None] | None = None
         self._left = False  # by the reader
         self._refusal: Refusal | None = None  # why the stream was left, when it was not the reader
+        self._said_all = False  # to its `[DONE]`, or to the error in place of it
         self._write: Write | None = None
         self._writing = False
         self._since = self._loop.time()  # since when it is as it is: something is being written, or nothing is
@@ -95,9 +96,12 @@ class Relay:
             self._leave()
 
     def last_words(self) -> bytes:
-        """Leave the stream, and return the event that tells why, for who cannot wait for `run` to write it."""
+        """Leave the stream, and return the event that tells why, for who cannot wait for `run` to write it.
+
+        Nothing, where `run` wrote an end already.
+        """
         self.end()
-        return SHUTTING_DOWN.to_event()
+        return b"" if self._said_all else SHUTTING_DOWN.to_event()
 
     def _leave(self) -> None:
         with contextlib.suppress(StopIteration):
@@ -124,9 +128,12 @@ class Relay:
         if self._stream.completeness is not None:
             raise RuntimeError("this stream was read to its end; make a new one for each response")
         self._opening = self._loop.create_task(self._stream.open())
+        self._opening.add_done_callback(_seen)
         try:
             await asyncio.wait((self._opening,), timeout=self._heartbeat)
             refused = await self._opened() if self._opening.done() else None
+        except RuntimeError:
+            raise  # who reads it may go on
         except BaseException:
             self.close()
             raise
@@ -135,11 +142,18 @@ class Relay:
         return refused
 
     async def _opened(self) -> Refusal | None:
-        assert self._opening is not None
+        opening = self._opening
+        if opening is None:
+            return self._refusal
+        await asyncio.wait((opening,))
+        self._opening = None  # a task keeps what it ran, which is more than all of this
         try:
-            await self._opening
+            opening.result()
         except APIError as error:
             return _told(error)
+        except OSError:  # of a function that gives the key; it does not mean that the reader has left
+            logger.exception("a relayed stream could not be opened, its reader is told 502")
+            return refusal(ChatKoreError())
         return self._refusal
 
     async def run(self, write: Write) -> None:
@@ -152,34 +166,31 @@ class Relay:
         self._set_timer(math.inf)
         try:
             async with self._limit:
-                await self._run(write)
-        except TimeoutError:
-            logger.warning("a reader took nothing for %g s; its stream was left", self._send_timeout)
-            self._left = True
-        except OSError:  # it left while it was written to
+                if self._opening is not None and not self._opening.done():
+                    await self._beat()
+                refused = await self._opened()
+                if refused is None:
+                    refused = await self._relay(write)
+                if self._left:
+                    return
+                await self._pause()
+                self._now(writing=True)
+                await write(_DONE if refused is None else refused.to_event())
+                self._said_all = True
+        except OSError:  # it left while it was written to, or was given up
+            if self._limit.expired():
+                logger.warning("a reader took nothing for %g s; its stream was left", self._send_timeout)
             self._left = True
         finally:
             self.close()
-
-    async def _run(self, write: Write) -> None:
-        assert self._opening is not None
-        if not self._opening.done():
-            await self._beat()
-        refused = await self._opened()
-        if refused is None:
-            refused = await self._relay(write)
-        if self._left:
-            return
-        await self._pause()
-        self._now(writing=True)
-        await write(_DONE if refused is None else refused.to_event())
 
     async def _relay(self, write: Write) -> Refusal | None:
         """Write the deltas, and return what to say in place of `[DONE]`."""
         stream, time = self._stream, self._loop.time
         try:
             async for chunk in stream:
-                data = chunk.to_json().replace(b"\n", b"\ndata: ")  # each line of an event has its field's name
+                # Each line of an event has its field's name. In JSON, line ends are blanks.
+                data = chunk.to_json().replace(b"\r", b"\n").replace(b"\n", b"\ndata: ")
                 if self._comment is not None:
                     await self._pause()
                 self._writing = True
@@ -189,7 +200,9 @@ class Relay:
                 self._since = time()
         except APIError as error:
             return _told(error)
-        if self._refusal is None and stream.completeness is None and not self._left:
+        if stream.completeness is not None:
+            return None  # whole, though the service may shut down
+        if self._refusal is None and not self._left:
             # Read by somebody else, or left: what came before the end, nobody knows.
             logger.warning("a stream was left by something else while it was relayed")
             return refusal(ChatKoreError())
@@ -229,8 +242,8 @@ class Relay:
     async def _pause(self) -> None:
         """Let a comment that is being written come first."""
         if self._comment is not None:
-            await asyncio.wait((self._comment,))
-            self._comment = None
+            comment, self._comment = self._comment, None
+            await comment
 
 
 class Relays:
@@ -248,16 +261,19 @@ class Relays:
     def __repr__(self) -> str:
         return f"<Relays {len(self._running)} running{', stopping' if self._stopping else ''}>"
 
-    @contextlib.contextmanager
-    def holding(self, relay: Relay) -> Generator[None]:
-        """Know a relay for as long as it runs."""
+    def holding(self, relay: Relay) -> "_Held":
+        """Know a relay for as long as it runs: `with relays.holding(relay)`."""
+        return _Held(self, relay)
+
+    def begin(self, relay: Relay) -> None:
+        """Know a relay from now on."""
         self._running.add(relay)
         if self._stopping:
             relay.end_within(self._grace)
-        try:
-            yield
-        finally:
-            self._running.discard(relay)
+
+    def forget(self, relay: Relay) -> None:
+        """Know it no more."""
+        self._running.discard(relay)
 
     def stop(self) -> None:
         """Shut down: streams end within the grace."""
@@ -269,6 +285,28 @@ class Relays:
         """End what still runs, at once."""
         for relay in list(self._running):
             relay.end()
+
+
+class _Held:
+    """`Relays.holding`. As a generator it would take as much memory as a third of a relay, for as long as that runs."""
+
+    __slots__ = ("_relay", "_relays")
+
+    def __init__(self, relays: Relays, relay: Relay) -> None:
+        self._relays = relays
+        self._relay = relay
+
+    def __enter__(self) -> None:
+        self._relays.begin(self._relay)
+
+    def __exit__(self, *_: object) -> None:
+        self._relays.forget(self._relay)
+
+
+def _seen(opening: asyncio.Task[None]) -> None:
+    """Nobody may be left to ask how it went, which asyncio would complain of."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 def _told(error: APIError) -> Refusal:

@@ -11,8 +11,7 @@ app.router.add_post("/chat", chat)
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from typing import Final, Unpack, cast
 
 from aiohttp import web
@@ -24,7 +23,14 @@ from chatkore_async.integrations._service import ClientOptions, Maker, Service
 
 __all__ = ["cleanup_ctx", "error_response", "get_client", "stream_response"]
 
-_SERVICE: Final = web.AppKey("chatkore_service", Service)
+
+class _Place:
+    """Where a service is while its application runs. An application that has run takes no new keys and no signals."""
+
+    service: Service | None = None
+
+
+_PLACE: Final = web.AppKey("chatkore_place", _Place)
 
 
 def cleanup_ctx(
@@ -45,18 +51,23 @@ def cleanup_ctx(
     maker, options = Maker(options, grace), ClientOptions()
 
     async def run(app: web.Application) -> AsyncIterator[None]:
-        async with maker.running() as service:
-            app[_SERVICE] = service
+        if _PLACE not in app:
+            app[_PLACE] = _Place()
             # One that is part of another application is told nothing before its clean-up.
             if not app.on_shutdown.frozen:
-
-                async def stop(_: web.Application) -> None:
-                    service.relays.stop()
-
-                app.on_shutdown.append(stop)
+                app.on_shutdown.append(_stop)
+        place = app[_PLACE]
+        async with maker.running() as place.service:
             yield
+        place.service = None
 
     return run
+
+
+async def _stop(app: web.Application) -> None:
+    service = app[_PLACE].service
+    if service is not None:
+        service.relays.stop()
 
 
 def get_client(request: web.Request) -> AsyncChatKore:
@@ -74,7 +85,8 @@ def get_client(request: web.Request) -> AsyncChatKore:
 
 
 def _service(request: web.Request) -> Service | None:
-    return request.config_dict.get(_SERVICE)
+    place: _Place | None = request.config_dict.get(_PLACE)
+    return None if place is None else place.service
 
 
 def error_response(error: ChatKoreError) -> web.Response:
@@ -118,7 +130,7 @@ async def stream_response(
     service = _service(request)
     relays = Relays(None) if service is None else service.relays
     response = web.StreamResponse(headers=HEADERS)
-    with relays.holding(relay), _watched(request, relay):
+    with relays.holding(relay), _Watch(request, relay):
         refused = await relay.begin()
         if refused is not None:
             return _json(refused)
@@ -137,30 +149,32 @@ async def stream_response(
     return response
 
 
-@contextmanager
-def _watched(request: web.Request, relay: Relay) -> Generator[None]:
-    """Tell a relay when its reader leaves. aiohttp says so only to who writes, or by cancelling if it was told to."""
-    transport = request.transport
-    if transport is None or transport.is_closing():
-        relay.reader_left()
-        yield
-        return
-    protocol = cast("asyncio.Protocol", transport.get_protocol())
-    listener = _Listener(protocol, relay.reader_left)
-    transport.set_protocol(listener)
-    try:
-        yield
-    finally:
-        if transport.get_protocol() is listener:
-            transport.set_protocol(protocol)
+class _Watch(asyncio.Protocol):
+    """Tells a relay when its reader leaves. aiohttp says so only to who writes, or by cancelling if it was told to.
 
+    It stands before aiohttp's protocol for as long as a stream is relayed (`with`), and hears what that hears.
+    """
 
-class _Listener(asyncio.Protocol):
-    """Stands before aiohttp's protocol for as long as a stream is relayed, and hears what that hears."""
+    __slots__ = ("_protocol", "_relay", "_request")
 
-    def __init__(self, protocol: asyncio.Protocol, left: Callable[[], None]) -> None:
-        self._left = left
-        self._protocol = protocol
+    def __init__(self, request: web.Request, relay: Relay) -> None:
+        self._request = request
+        self._relay = relay
+        self._protocol: asyncio.Protocol
+
+    def __enter__(self) -> None:
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            self._relay.reader_left()
+            return
+        self._protocol = cast("asyncio.Protocol", transport.get_protocol())
+        transport.set_protocol(self)
+
+    def __exit__(self, *_: object) -> None:
+        # One that is gone knows no protocol any more: behind TLS, even to ask for it is an error.
+        transport = self._request.transport
+        if transport is not None and transport.get_protocol() is self:
+            transport.set_protocol(self._protocol)
 
     def data_received(self, data: bytes) -> None:
         self._protocol.data_received(data)
@@ -176,4 +190,4 @@ class _Listener(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._protocol.connection_lost(exc)
-        self._left()
+        self._relay.reader_left()

@@ -168,7 +168,8 @@ class _EventStream(Response):
         try:
             with self._relays.holding(relay):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await relay.run(write)
+                # A task of its own, as Starlette's are: each delta would pass through the coroutine of each middleware.
+                await asyncio.create_task(relay.run(write))
             if not relay.left:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
