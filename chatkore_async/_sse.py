@@ -82,7 +82,7 @@ class Decoder:
         self._data: bytes | bytearray | None = None  # data lines of an event that is not whole
         self._data_size = 0
         self._name = b""
-        self._stray = bytearray()
+        self._stray: bytearray | None = None  # nearly no stream has any
 
     def __repr__(self) -> str:
         return f"<Decoder holding {len(self._tail) + self._line_size + self._data_size} bytes>"
@@ -90,7 +90,7 @@ class Decoder:
     @property
     def stray(self) -> bytes:
         """The lines that were no fields of any event, such as a JSON error without `data:` before it."""
-        return bytes(self._stray)
+        return bytes(self._stray or b"")
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the events that `data` completes, in order.
@@ -217,5 +217,8 @@ class Decoder:
             events.append(Event.of("error", value))
         elif field in (b"", b"id", b"retry"):
             pass  # a comment, or a field for clients that reconnect
-        elif len(self._stray) < MAX_STRAY:
-            self._stray += line[: MAX_STRAY - len(self._stray)] + b"\n"
+        else:
+            if self._stray is None:
+                self._stray = bytearray()
+            if len(self._stray) < MAX_STRAY:
+                self._stray += line[: MAX_STRAY - len(self._stray)] + b"\n"

@@ -251,9 +251,10 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             return  # it was left before there was anything
         events, pending, decode = reader.events, self._merged.pending, _codec.decode_chunk_strictly
         while self._held:
-            held = self._held.pop()
-            pending.append(held)
-            yield held
+            pending.append(self._held[-1])
+            yield self._held.pop()
+        if not events:
+            self._merge()  # what came first may be all for a while, and takes less when it is merged
         while True:
             while events:
                 data = events.pop()

@@ -142,7 +142,7 @@ class TestErrors:
             (error(400, "max_tokens is too large"), 400, "max_tokens is too large"),
             (error(404, "no such model"), 404, "no such model"),
             (error(429, "slow down", headers={"retry-after": "90"}), 429, "ask again later"),
-            (error(401, "the key of this service is wrong"), 502, "could not be asked"),
+            (error(401, "the key of this service is wrong"), 502, "could not answer"),
         ],
     )
     async def test_before_the_first_delta_they_have_a_status(self, site, reply, status, words):
@@ -169,7 +169,7 @@ class TestErrors:
         site.relay.respond_with(lambda _: error(401, "the key of this service is wrong"))
         async with site.get("/models") as answer:
             assert answer.status == 502
-            assert "could not be asked" in (await answer.json())["error"]["message"]
+            assert "could not answer" in (await answer.json())["error"]["message"]
 
 
 class TestBadInput:

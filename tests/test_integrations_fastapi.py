@@ -33,16 +33,12 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
+from starlette.testclient import TestClient
 
 from chatkore_async import AsyncChatKore, ConfigurationError
 from chatkore_async.integrations._refusals import SHUTTING_DOWN
 from chatkore_async.integrations.fastapi import error_response, get_client, lifespan, stream_response
 from chatkore_async.testing import ChatKoreServer, Cut, Hold, Stall, error, stream
-
-try:
-    from starlette.testclient import TestClient
-except (ImportError, RuntimeError, DeprecationWarning):  # it needs httpx2, or httpx with an older Starlette
-    TestClient = None
 
 KEY = "sk-secret-of-the-service"
 
@@ -147,7 +143,6 @@ async def test_lifespans_are_composed(server: ChatKoreServer) -> None:
     assert told == ["mine starts", "mine ends"]
 
 
-@pytest.mark.skipif(TestClient is None, reason="it needs httpx2")
 async def test_it_can_be_tried_without_a_server(server: ChatKoreServer) -> None:
     """Starlette's `TestClient` gets the stream, also as it comes, and a WebSocket has the client."""
     app = fastapi_app(None, relaying(), api_key=KEY, base_url=server.base_url)

@@ -5,7 +5,8 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -48,6 +49,15 @@ from chatkore_async.testing import ChatKoreServer, Cut, Hold, Reset, Stall, erro
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting for the model\n\n"
 SECRET = "of the operator"
+
+
+@contextmanager
+def held(relays: Relays, relay: Relay) -> Iterator[None]:
+    relays.begin(relay)
+    try:
+        yield
+    finally:
+        relays.forget(relay)
 
 
 def delta(content: str | None = None, finish: str | None = None) -> dict[str, Any]:
@@ -667,7 +677,7 @@ async def test_a_stream_that_outlives_its_grace_ends_with_an_error(ask, server: 
     """The reader is told that the service shuts down, and the model's server sees its client leave."""
     server.script(stream(["Hi", Stall()]))
     relays, reader, relay = Relays(0.01), Reader(), relay_of(ask())
-    with relays.holding(relay):
+    with held(relays, relay):
         assert await relay.begin() is None
         running = asyncio.create_task(relay.run(reader))
         await reader.hears(2)
@@ -686,7 +696,7 @@ async def test_a_stream_that_ends_within_the_grace_is_whole(ask, server: ChatKor
     go = asyncio.Event()
     server.script(events(delta("a"), Hold(go), delta("b", finish="stop")))
     relays, reader, relay = Relays(60), Reader(), relay_of(ask())
-    with relays.holding(relay):
+    with held(relays, relay):
         assert await relay.begin() is None
         running = asyncio.create_task(relay.run(reader))
         await reader.hears(1)
@@ -700,7 +710,7 @@ async def test_a_stream_that_has_not_begun_is_refused(ask, server: ChatKoreServe
     """Whoever still waits for a first delta gets a status."""
     server.script(stream([Stall()]))
     relays, relay = Relays(None), relay_of(ask())
-    with relays.holding(relay):
+    with held(relays, relay):
         beginning = asyncio.create_task(relay.begin())
         await server.wait_for_requests(1)
         relays.end()
@@ -713,7 +723,7 @@ async def test_a_stream_that_comes_while_the_service_shuts_down(ask, server: Cha
     relays, reader, relay = Relays(0), Reader(), relay_of(ask())
     assert repr(relays) == "<Relays 0 running>"
     relays.stop()
-    with relays.holding(relay):
+    with held(relays, relay):
         if (refused := await relay.begin()) is None:
             await relay.run(reader)
             assert reader.got[-1] == SHUTTING_DOWN.to_event()
@@ -726,7 +736,7 @@ async def test_without_a_grace_a_stream_goes_on(ask, server: ChatKoreServer) -> 
     go = asyncio.Event()
     server.script(events(delta("a"), Hold(go), delta("b", finish="stop")))
     relays, reader, relay = Relays(None), Reader(), relay_of(ask())
-    with relays.holding(relay):
+    with held(relays, relay):
         assert await relay.begin() is None
         running = asyncio.create_task(relay.run(reader))
         await reader.hears(1)
@@ -803,7 +813,7 @@ async def test_cancelled_at_any_moment_nothing_is_left_behind(
 
     async def whole() -> None:
         relay = relay_of(ask(), heartbeat=heartbeat, send_timeout=60)
-        with Relays(None).holding(relay):
+        with held(Relays(None), relay):
             if await relay.begin() is None:
                 await relay.run(yielding)
 

@@ -22,7 +22,7 @@ import asyncio, os, socket
 from chatkore_async import AsyncChatKore
 URL = os.environ["MODEL_URL"]
 ASK = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
-SETTINGS = {"api_key": "k", "base_url": URL, "max_retries": 0, "grace": 0.1}
+SETTINGS = {"api_key": "k", "base_url": URL, "max_retries": 0}
 mine = AsyncChatKore(api_key="k", base_url=URL)
 if "USE_CLIENT" in os.environ:  # in the parent, where the application is made before workers are forked
     asyncio.run(mine.chat.completions.create(**ASK))
@@ -65,7 +65,7 @@ async def add_pid(request, response):
 
 async def make():
     app = web.Application()
-    app.cleanup_ctx.append(cleanup_ctx(**SETTINGS))
+    app.cleanup_ctx.append(cleanup_ctx(grace=0.1, **SETTINGS))
     app.router.add_post("/chat", chat)
     app.router.add_post("/mine", chat_with_mine)
     app.on_response_prepare.append(add_pid)

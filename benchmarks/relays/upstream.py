@@ -20,7 +20,7 @@ from benchmarks.relays import MODEL
 
 DONE = b"data: [DONE]\n\n"
 FAILED = b'data: {"error":{"message":"The model broke off.","type":"server_error"}}\n\n'
-REFUSED = {"error": {"message": "The model could not be asked.", "type": "server_error"}}
+REFUSED = {"error": {"message": "The model could not answer.", "type": "server_error"}}
 STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 

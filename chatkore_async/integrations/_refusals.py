@@ -101,4 +101,4 @@ def refusal(error: ChatKoreError) -> Refusal:
         )
     if isinstance(error, APITimeoutError):
         return Refusal(status=504, message="The model did not answer in time.", type="server_error", code="timeout")
-    return Refusal(status=502, message="The model could not be asked.", type="server_error", code="bad_gateway")
+    return Refusal(status=502, message="The model could not answer.", type="server_error", code="bad_gateway")

@@ -51,6 +51,26 @@ class Relay:
         ConfigurationError: one of the two is no time above 0.
     """
 
+    __slots__ = (
+        "_comment",
+        "_end_timer",
+        "_given_up",
+        "_heartbeat",
+        "_left",
+        "_loop",
+        "_opening",
+        "_period",
+        "_refusal",
+        "_said_all",
+        "_send_timeout",
+        "_since",
+        "_stream",
+        "_task",
+        "_timer",
+        "_write",
+        "_writing",
+    )
+
     def __init__(self, stream: ChatStream, *, heartbeat: float | None, send_timeout: float | None) -> None:
         for name, limit in (("heartbeat", heartbeat), ("send_timeout", send_timeout)):
             if limit is not None and not limit > 0:
@@ -69,7 +89,8 @@ class Relay:
         self._since = self._loop.time()  # since when it is as it is: something is being written, or nothing is
         self._comment: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._limit = asyncio.timeout(None)  # set when a reader is given up
+        self._task: asyncio.Task[None] | None = None  # which writes
+        self._given_up = False  # whether the reader is, since it takes nothing
         self._end_timer: asyncio.TimerHandle | None = None
 
     # What may happen meanwhile. All of it is synchronous: who tells us of it has no time to wait.
@@ -162,45 +183,51 @@ class Relay:
         Args:
             write: what sends.
         """
+        stream, time = self._stream, self._loop.time
         self._write = write
+        task = self._task = asyncio.current_task()
+        cancelling = 0 if task is None else task.cancelling()
         self._set_timer(math.inf)
         try:
-            async with self._limit:
-                if self._opening is not None and not self._opening.done():
-                    await self._beat()
-                refused = await self._opened()
-                if refused is None:
-                    refused = await self._relay(write)
-                if self._left:
-                    return
-                await self._pause()
-                self._now(writing=True)
-                await write(_DONE if refused is None else refused.to_event())
-                self._said_all = True
-        except OSError:  # it left while it was written to, or was given up
-            if self._limit.expired():
-                logger.warning("a reader took nothing for %g s; its stream was left", self._send_timeout)
+            if self._opening is not None and not self._opening.done():
+                await self._beat()
+            refused = await self._opened()
+            if refused is None:
+                try:
+                    # Not in a coroutine of its own: each delta would pass through it.
+                    async for chunk in stream:
+                        # Each line of an event has its field's name. In JSON, line ends are blanks.
+                        event = b"data: " + chunk.to_json().replace(b"\r", b"\n").replace(b"\n", b"\ndata: ") + b"\n\n"
+                        if self._comment is not None:
+                            await self._pause()
+                        self._writing = True
+                        self._since = time()
+                        await write(event)
+                        self._writing = False
+                        self._since = time()
+                        del chunk, event  # thousands may wait for the next
+                    refused = self._end_of_stream()
+                except APIError as error:
+                    refused = _told(error)
+            if self._left:
+                return
+            await self._pause()
+            self._now(writing=True)
+            await write(_DONE if refused is None else refused.to_event())
+            self._said_all = True
+        except asyncio.CancelledError:
+            if not self._given_up or task is None or task.uncancel() > cancelling:
+                raise
+            logger.warning("a reader took nothing for %g s; its stream was left", self._send_timeout)
+            self._left = True
+        except OSError:  # it left while it was written to
             self._left = True
         finally:
             self.close()
 
-    async def _relay(self, write: Write) -> Refusal | None:
-        """Write the deltas, and return what to say in place of `[DONE]`."""
-        stream, time = self._stream, self._loop.time
-        try:
-            async for chunk in stream:
-                # Each line of an event has its field's name. In JSON, line ends are blanks.
-                data = chunk.to_json().replace(b"\r", b"\n").replace(b"\n", b"\ndata: ")
-                if self._comment is not None:
-                    await self._pause()
-                self._writing = True
-                self._since = time()
-                await write(b"data: " + data + b"\n\n")
-                self._writing = False
-                self._since = time()
-        except APIError as error:
-            return _told(error)
-        if stream.completeness is not None:
+    def _end_of_stream(self) -> Refusal | None:
+        """Return what to say in place of `[DONE]`."""
+        if self._stream.completeness is not None:
             return None  # whole, though the service may shut down
         if self._refusal is None and not self._left:
             # Read by somebody else, or left: what came before the end, nobody knows.
@@ -219,7 +246,9 @@ class Relay:
         limit = self._send_timeout if self._writing else self._heartbeat
         left = math.inf if limit is None else self._since + limit - self._loop.time()
         if left <= 0 and self._writing:
-            self._limit.reschedule(self._loop.time())
+            assert self._task is not None
+            self._given_up = True
+            self._task.cancel()
             return
         if left <= 0:
             self._comment = self._loop.create_task(self._beat())
@@ -261,12 +290,8 @@ class Relays:
     def __repr__(self) -> str:
         return f"<Relays {len(self._running)} running{', stopping' if self._stopping else ''}>"
 
-    def holding(self, relay: Relay) -> "_Held":
-        """Know a relay for as long as it runs: `with relays.holding(relay)`."""
-        return _Held(self, relay)
-
     def begin(self, relay: Relay) -> None:
-        """Know a relay from now on."""
+        """Know a relay from now on, until `forget`."""
         self._running.add(relay)
         if self._stopping:
             relay.end_within(self._grace)
@@ -285,22 +310,6 @@ class Relays:
         """End what still runs, at once."""
         for relay in list(self._running):
             relay.end()
-
-
-class _Held:
-    """`Relays.holding`. As a generator it would take as much memory as a third of a relay, for as long as that runs."""
-
-    __slots__ = ("_relay", "_relays")
-
-    def __init__(self, relays: Relays, relay: Relay) -> None:
-        self._relays = relays
-        self._relay = relay
-
-    def __enter__(self) -> None:
-        self._relays.begin(self._relay)
-
-    def __exit__(self, *_: object) -> None:
-        self._relays.forget(self._relay)
 
 
 def _seen(opening: asyncio.Task[None]) -> None:

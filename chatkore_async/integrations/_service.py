@@ -52,7 +52,7 @@ class Maker:
         ConfigurationError: `grace` is no number of seconds.
     """
 
-    def __init__(self, options: ClientOptions, grace: float | None) -> None:
+    def __init__(self, options: ClientOptions, grace: float | None = None) -> None:
         if grace is not None and not grace >= 0:
             raise ConfigurationError(f"grace must be seconds from 0, or None, not {grace!r}")
         self._options = options

@@ -130,29 +130,32 @@ async def stream_response(
     service = _service(request)
     relays = Relays(None) if service is None else service.relays
     response = web.StreamResponse(headers=HEADERS)
-    with relays.holding(relay), _Watch(request, relay):
+    watch = _Watch(request, relay)
+    relays.begin(relay)
+    try:
         refused = await relay.begin()
         if refused is not None:
             return _json(refused)
-        try:
-            if not relay.left:
-                await response.prepare(request)
-                await relay.run(response.write)
-            if not relay.left:
-                await response.write_eof()
-            elif request.transport is not None:
-                request.transport.abort()  # a reader that takes nothing would not take the end either
-        except ConnectionError:
-            relay.reader_left()  # between two writes
-        finally:
-            relay.close()
+        if not relay.left:
+            await response.prepare(request)
+            await relay.run(response.write)
+        if not relay.left:
+            await response.write_eof()
+        elif request.transport is not None:
+            request.transport.abort()  # a reader that takes nothing would not take the end either
+    except ConnectionError:
+        relay.reader_left()  # between two writes
+    finally:
+        relays.forget(relay)
+        watch.end()
+        relay.close()
     return response
 
 
 class _Watch(asyncio.Protocol):
     """Tells a relay when its reader leaves. aiohttp says so only to who writes, or by cancelling if it was told to.
 
-    It stands before aiohttp's protocol for as long as a stream is relayed (`with`), and hears what that hears.
+    It stands before aiohttp's protocol until `end`, and hears what that hears.
     """
 
     __slots__ = ("_protocol", "_relay", "_request")
@@ -160,17 +163,15 @@ class _Watch(asyncio.Protocol):
     def __init__(self, request: web.Request, relay: Relay) -> None:
         self._request = request
         self._relay = relay
-        self._protocol: asyncio.Protocol
-
-    def __enter__(self) -> None:
-        transport = self._request.transport
+        transport = request.transport
         if transport is None or transport.is_closing():
-            self._relay.reader_left()
+            relay.reader_left()
             return
         self._protocol = cast("asyncio.Protocol", transport.get_protocol())
         transport.set_protocol(self)
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
+        """Give aiohttp's protocol its place back."""
         # One that is gone knows no protocol any more: behind TLS, even to ask for it is an error.
         transport = self._request.transport
         if transport is not None and transport.get_protocol() is self:

@@ -36,24 +36,22 @@ __all__ = ["error_response", "get_client", "lifespan", "stream_response"]
 _STATE = "chatkore_service"
 
 
-def lifespan(
-    *, grace: float | None = 10.0, **options: Unpack[ClientOptions]
-) -> Callable[[Any], AbstractAsyncContextManager[None]]:
+def lifespan(**options: Unpack[ClientOptions]) -> Callable[[Any], AbstractAsyncContextManager[None]]:
     """Return a lifespan for `FastAPI(lifespan=...)` or `Starlette(lifespan=...)`: the application has one client.
 
     It is made when the application starts, in each worker process anew, and closed when it has shut down. To have a
     lifespan of your own as well, enter this one in it: `async with lifespan()(app): yield`.
 
+    How long streams may go on when the server is told to stop is the server's to say: uvicorn waits for
+    `timeout_graceful_shutdown` seconds, and without a limit if it has none. Then they end with an error event.
+
     Args:
-        grace: seconds for which streams may go on where the server shuts the application down before they have ended.
-            Servers wait for them first: uvicorn for `timeout_graceful_shutdown` seconds, without a limit if it has
-            none.
         **options: what `AsyncChatKore` takes.
 
     Raises:
         ConfigurationError: at the start of the application, what `AsyncChatKore` raises, as without a key.
     """
-    maker, options = Maker(options, grace), ClientOptions()
+    maker, options = Maker(options), ClientOptions()
 
     @asynccontextmanager
     async def run(app: Any) -> AsyncGenerator[None]:
@@ -131,12 +129,14 @@ async def stream_response(
     relays = Relays(None) if service is None else service.relays
     watcher = asyncio.create_task(_watch(request.receive, relay))
     response = _EventStream(relay, relays, watcher)
+    relays.begin(relay)
     try:
-        with relays.holding(relay):
-            refused = await relay.begin()
+        refused = await relay.begin()
     except BaseException:
         watcher.cancel()
         raise
+    finally:
+        relays.forget(relay)
     if refused is None:
         return response
     watcher.cancel()
@@ -165,11 +165,11 @@ class _EventStream(Response):
             return send({"type": "http.response.body", "body": data, "more_body": True})
 
         relay = self._relay
+        self._relays.begin(relay)
         try:
-            with self._relays.holding(relay):
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                # A task of its own, as Starlette's are: each delta would pass through the coroutine of each middleware.
-                await asyncio.create_task(relay.run(write))
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            # A task of its own, as Starlette's are: each delta would pass through the coroutine of each middleware.
+            await asyncio.create_task(relay.run(write))
             if not relay.left:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
@@ -179,6 +179,7 @@ class _EventStream(Response):
                 raise
             return
         finally:
+            self._relays.forget(relay)
             relay.close()
             self._watcher.cancel()
         if self.background is not None:

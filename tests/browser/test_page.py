@@ -175,7 +175,7 @@ class TestTrouble:
             (error(400, "max_tokens is too large"), "The request was refused (400). max_tokens is too large"),
             (error(404, "no such model", code="model_not_found"), "The request was refused (404). no such model"),
             (BUSY, "Too many requests at the moment. Try again in 90\xa0s."),
-            (error(401, "wrong key"), "The model could not be asked. The service's log says why."),
+            (error(401, "wrong key"), "The model could not answer. The service's log says why."),
         ],
         ids=["400", "404", "429", "401"],
     )

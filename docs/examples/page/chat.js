@@ -223,7 +223,7 @@ async function refusal(response) {
     case 429:
       return `Too many requests at the moment. ${seconds ? `Try again in ${seconds}\u00a0s.` : "Try again later."}`;
     case 502:
-      return "The model could not be asked. The service's log says why.";
+      return "The model could not answer. The service's log says why.";
     case 503:
       return "The service is shutting down, or not ready. Try again in a moment.";
     case 504:
