@@ -10,6 +10,7 @@ import asyncio
 import importlib
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ BUSY = 0.85  # of the core: beyond it segments queue up, and a delta is not the 
 TIMEOUT = 300  # seconds until a run is given up
 WARM = 20  # streams before memory is looked at, and those that are there when it is
 STEP = 50  # streams opened at a time while memory is looked at
+SLOW_DELTAS = 200_000  # 50 MB, of which a slow reader takes 1 KB a second
+SLOW_SECONDS = 30
 REQUEST = b"POST /chat HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
 BODY = b'{"messages":[{"role":"user","content":"Hello!"}]}'
 
@@ -140,6 +143,14 @@ class Application:
         self._process.stdin.write(b"collected\n" if collected else b"look\n")
         return msgspec.json.decode(await self._process.stdout.readline(), type=Look)
 
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a connection that takes in next to nothing by itself."""
+        own = socket.socket()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        own.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(own, ("127.0.0.1", self._port))
+        return await asyncio.open_connection(sock=own, limit=1024)
+
     async def read(self) -> Reader:
         """Open a stream."""
         _, reader = await asyncio.get_running_loop().create_connection(Reader, "127.0.0.1", self._port)
@@ -222,6 +233,22 @@ async def measure(name: str, server: Server, loop: str, load: Load, together: as
     )
 
 
+async def slow(name: str, server: Server, loop: str) -> None:
+    """Print the memory of an application that relays 50 MB to a reader of 1 KB/s."""
+    base_url = f"http://127.0.0.1:{server.port()}/long/{SLOW_DELTAS}/v1"
+    async with running(name, base_url, loop, server.client_core) as application:
+        reader, writer = await application.connect()
+        writer.write(REQUEST % (len(BODY), BODY))
+        sizes: list[float] = []
+        for _ in range(SLOW_SECONDS):
+            assert len(await reader.readexactly(1024)) == 1024
+            await asyncio.sleep(1)
+            sizes.append((await application.look()).resident / 2**20)
+        writer.transport.abort()
+    marks = ", ".join(f"{sizes[second]:.1f}" for second in (0, 4, 9, 19, SLOW_SECONDS - 1))
+    print(f"{name}: {marks} MiB after 1, 5, 10, 20 and {SLOW_SECONDS} s of 1 KB/s", flush=True)
+
+
 @contextmanager
 def pinned(core: int | None) -> Iterator[None]:
     """Run the readers on the server's core."""
@@ -301,6 +328,7 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
     what.add_argument("--check", action="store_true", help="end with 1 when a target is missed, 2 when not measured")
+    what.add_argument("--slow", action="store_true", help="the memory while a reader takes 1 KB/s of 50 MB, instead")
     parser.add_argument("--framework", choices=RELAYS, action="append", help="this one (repeatable; default: all)")
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="of the application")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
@@ -316,7 +344,8 @@ def main() -> int:
         print(f"{load.streams} streams take twice as many open files, and the system allows {files:,}: raise the limit")
         return 2 if options.check else 0
     server_core, _ = machine.server_and_client()
-    print(f"{load.streams} streams at once, a delta of each every {load.interval} ms", flush=True)
+    if not options.slow:
+        print(f"{load.streams} streams at once, a delta of each every {load.interval} ms", flush=True)
     with ExitStack() as stack:
         servers = [stack.enter_context(serving()) for _ in range(3)]
         stack.enter_context(pinned(server_core))
@@ -325,6 +354,9 @@ def main() -> int:
             if lacking:
                 print(f"{framework}: not measured, without {' and '.join(lacking)}: pip install -e '.[dev]'")
                 unmeasured = True
+                continue
+            if options.slow:
+                asyncio.run(slow(f"{framework}_ours", servers[0], options.loop))
                 continue
             found = rounds(framework, options.loop, load, 1 if options.quick else options.rounds, servers)
             print(table(framework, options.loop, found), flush=True)

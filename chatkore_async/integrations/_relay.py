@@ -8,8 +8,8 @@ here, once:
 - the reader does not read: nothing is taken from the stream meanwhile, and after `send_timeout` seconds it is left;
 - the service shuts down: the stream may go on for a while, and ends with an error event.
 
-A delta costs a write and two looks at the clock. There is one timer for each stream, and a task only while the first
-delta is waited for.
+A delta costs a write and two looks at the clock, and a stream that waits holds neither its request nor its last delta.
+There is one timer for each.
 """
 
 import asyncio
