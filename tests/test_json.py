@@ -262,3 +262,16 @@ async def test_a_relayed_stream_means_what_it_meant(
     server.script(sse(*events, b"data: [DONE]\n\n"))
     async with client.chat.completions.stream(**ASK) as answer:
         assert await answer.get_final_completion() == first
+
+
+def test_what_is_nested_too_deeply_to_be_written_again_costs_the_fields_of_the_vendor() -> None:
+    """How deep is too deep depends on who asks: a handler below many middlewares has less room than whoever decoded."""
+    deep = (
+        b'{"created":"7","vendor":' + b"[" * 900 + b"]" * 900 + b',"choices":[{"index":"0","delta":{"content":"x"}}]}'
+    )
+    chunk, _ = decode_chunk(deep)
+
+    def below(frames: int) -> bytes:
+        return below(frames - 1) if frames else chunk.to_json()
+
+    assert decode_chunk_strictly(below(300)).text == "x"
