@@ -21,7 +21,6 @@ import aiohttp
 from ._config import Limits, Secret, merge_headers
 from ._connector import NO_TIMEOUT, Connector, Keeper, close, open_socket
 from ._deadlines import Deadlines
-from ._eager import REQUEST_CLASS
 from ._foreign import (
     FOREIGN,
     UNSENDABLE,
@@ -227,7 +226,6 @@ class Pool:
             connector=self.connector,
             headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
-            request_class=REQUEST_CLASS,
             timeout=NO_TIMEOUT,
             max_line_size=HEADER_LIMIT,
             max_field_size=HEADER_LIMIT,

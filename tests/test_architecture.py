@@ -17,7 +17,7 @@ FLOORS = [
     ["_codec", "_reports", "_options", "_accumulate", "_notes", "_group"],
     ["_classify", "_batch_lines", "_batch_writer"],
     ["_protocol", "_batch_plan", "_batch_files"],
-    ["_retry", "_eager", "_slots", "_deadlines", "_proxies", "_foreign", "_ratelimiter"],
+    ["_retry", "_slots", "_deadlines", "_proxies", "_foreign", "_ratelimiter"],
     ["_connector"],
     ["_transport"],
     ["_call"],
@@ -96,7 +96,7 @@ def test_every_floor_names_rooms_that_exist() -> None:
 @pytest.mark.parametrize(
     "library,rooms",
     [
-        ("aiohttp", {"_foreign", "_eager", "_connector", "_transport", "testing", "integrations/aiohttp_web"}),
+        ("aiohttp", {"_foreign", "_connector", "_transport", "testing", "integrations/aiohttp_web"}),
         ("tenacity", {"_retry"}),
     ],
 )
