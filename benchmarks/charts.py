@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks.adapters import ADAPTERS
-from benchmarks.arithmetic import by_round, ratios, spread
+from benchmarks.arithmetic import by_turn, ratios, spread
 from benchmarks.figures import Results
 from benchmarks.report import loops, median, number
 from benchmarks.rows import ROWS, Row
@@ -68,10 +68,10 @@ def groups(results: Results) -> list[Group]:
     found: list[Group] = []
     for row in ROWS.values():
         for loop in [] if row.ends else loops(results, row):
-            plain = by_round(results, row, "plain", loop)
+            plain = by_turn(results, row, "plain", loop)
             each: list[tuple[str, float, str]] = []
             for name in COMPARED:
-                times = spread(ratios(by_round(results, row, name, loop), plain))
+                times = spread(ratios(by_turn(results, row, name, loop), plain))
                 middle = median(results, row, name, loop)
                 if times is not None and middle is not None:
                     each.append((name, times.median, number(middle, row.unit)))

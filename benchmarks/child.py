@@ -1,17 +1,22 @@
-"""One measurement in a process of its own: `python -m benchmarks.child ADAPTER ROW PORT COUNT LOOP`.
+"""One library in a process of its own: `python -m benchmarks.child ADAPTER ROW PORT COUNT LOOP`.
 
-It prints `Figures` as JSON, on its last line. COUNT is the number of operations that are measured; PORT is one of those
-that `python -m benchmarks.server` prints. All texts of some streams are compared before the clock starts; the text of
-every call and the number of deltas of every stream while it runs.
+It warms up, measures COUNT operations, prints `Figures` as JSON, and ends. With `--turns` it says "ready" when it is
+warm, measures COUNT operations for each line of its standard input, prints a line of figures for each, and ends when
+the input does: this is how the runner has two libraries take turns. Nothing else is printed there; what libraries print
+goes to standard error.
+
+PORT is one of those that `python -m benchmarks.server` prints. All texts of some streams are compared before the first
+turn; the text of every call and the number of deltas of every stream while the clock runs.
 """
 
 import argparse
 import asyncio
 import importlib
+import os
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -26,6 +31,11 @@ from benchmarks.rows import ROWS
 READERS = 16  # streams at a time whose texts are compared
 WARM = 10  # operations before memory is looked at
 STEP = 100  # operations started at a time while memory is looked at
+READY = "ready"
+
+# What a work hands out: figures, and how many requests it made for them. The first step warms up, and each further one
+# is a turn.
+Steps = AsyncGenerator[tuple[Figures, int]]
 
 
 class WrongAnswerError(Exception):
@@ -33,7 +43,7 @@ class WrongAnswerError(Exception):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """What a child is to do."""
+    """What a child is to do in each turn."""
 
     concurrency: int
     count: int
@@ -100,15 +110,22 @@ async def warm(client: Client, concurrency: int) -> None:
     await together(concurrency, work)
 
 
-async def calls(client: Client, load: Load) -> tuple[Figures, int]:
+async def calls(client: Client, load: Load) -> Steps:
     """Measure calls on warm connections."""
     await warm(client, load.concurrency)
-    figures, asked = await cold_calls(client, load)
-    return figures, load.concurrency + asked
+    yield Figures(), load.concurrency
+    while True:
+        yield await timed(client, load)
 
 
-async def cold_calls(client: Client, load: Load) -> tuple[Figures, int]:
-    """Measure calls, and how long each takes."""
+async def cold_calls(client: Client, load: Load) -> Steps:
+    """Measure calls of a client that has no connection yet; it is cold once."""
+    yield Figures(), 0
+    yield await timed(client, load)
+
+
+async def timed(client: Client, load: Load) -> tuple[Figures, int]:
+    """Make calls, and see how long each takes."""
     seconds: list[float] = []
 
     async def work() -> None:
@@ -125,7 +142,7 @@ async def cold_calls(client: Client, load: Load) -> tuple[Figures, int]:
     return replace(used, p50=parts[49] * 1e3, p99=parts[98] * 1e3), len(seconds)
 
 
-async def streams(client: Client, load: Load) -> tuple[Figures, int]:
+async def streams(client: Client, load: Load) -> Steps:
     """Compare the texts of some streams and time their first deltas, then measure streams."""
     firsts: list[float] = []
     readers = min(READERS, load.concurrency)
@@ -145,11 +162,12 @@ async def streams(client: Client, load: Load) -> tuple[Figures, int]:
 
     await warm(client, load.concurrency)
     await together(readers, read)
-    clock = Clock(load.port)
-    await together(load.concurrency, work)
-    read_by_all = load.concurrency * load.each
-    used = clock.stop(read_by_all * load.length)
-    return replace(used, first=statistics.median(firsts) * 1e3), load.concurrency + readers + read_by_all
+    yield Figures(first=statistics.median(firsts) * 1e3), load.concurrency + readers
+    while True:
+        clock = Clock(load.port)
+        await together(load.concurrency, work)
+        read_by_all = load.concurrency * load.each
+        yield clock.stop(read_by_all * load.length), read_by_all
 
 
 async def hold(number: int, port: int, work: Callable[[], Awaitable[None]], ready: Callable[[], int]) -> int:
@@ -170,25 +188,26 @@ async def hold(number: int, port: int, work: Callable[[], Awaitable[None]], read
     return resident
 
 
-async def memory(load: Load, work: Callable[[], Awaitable[None]], ready: Callable[[], int]) -> tuple[Figures, int]:
-    """Measure what one more operation takes that waits for the server."""
+async def memory(load: Load, work: Callable[[], Awaitable[None]], ready: Callable[[], int]) -> Steps:
+    """Measure what one more operation takes that waits for the server; the memory of this process grows once."""
     await hold(WARM, load.port, work, ready)  # whatever happens once, at the end of the first one too
     before = await hold(WARM, load.port, work, ready)
+    yield Figures(), WARM * 2
     after = await hold(load.concurrency, load.port, work, ready)
     # That many were there before.
-    return Figures(memory=(after - before) / (load.concurrency - WARM) / 1024), WARM * 2 + load.concurrency
+    yield Figures(memory=(after - before) / (load.concurrency - WARM) / 1024), load.concurrency
 
 
-async def waiting_calls(client: Client, load: Load) -> tuple[Figures, int]:
+def waiting_calls(client: Client, load: Load) -> Steps:
     """Measure the memory of calls that wait for their answer."""
 
     async def work() -> None:
         check_call(await client.call())
 
-    return await memory(load, work, lambda: ask(load.port).held)
+    return memory(load, work, lambda: ask(load.port).held)
 
 
-async def open_streams(client: Client, load: Load) -> tuple[Figures, int]:
+def open_streams(client: Client, load: Load) -> Steps:
     """Measure the memory of streams that had a delta and wait for the next."""
     reading = 0
 
@@ -201,7 +220,7 @@ async def open_streams(client: Client, load: Load) -> tuple[Figures, int]:
         check_texts(texts, load.length)
         reading -= 1
 
-    return await memory(load, work, lambda: reading)
+    return memory(load, work, lambda: reading)
 
 
 WORKS = {
@@ -213,24 +232,75 @@ WORKS = {
 }
 
 
-async def measure(adapter: str, row: str, load_: Load) -> Figures:
-    """Do what a row asks for, through an adapter."""
+class Seen:
+    """What the server saw of this process so far.
+
+    Its counters are of all processes. Since others take their turns between those of this one, only what happens
+    between `start` and `stop` is counted.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.connections = 0
+        self.requests = 0
+
+    def start(self) -> None:
+        self._before = ask(self._port)
+
+    def stop(self) -> None:
+        after = ask(self._port)
+        self.connections += after.connections - self._before.connections
+        self.requests += after.requests - self._before.requests
+
+
+async def measure(adapter: str, row: str, load_: Load, turns: Iterable[object]) -> AsyncGenerator[Figures]:
+    """Do what a row asks for, through an adapter, once for each of `turns`, and hand out the figures of each."""
     url = f"http://127.0.0.1:{load_.port}/{{}}/{load_.length}/v1"
     make = load(adapter)
     first = make(url.format("call"))  # whatever happens once in a process is not measured
     check_call(await first.call())
     await first.close()
-    before = ask(load_.port)
+    seen = Seen(load_.port)
     client = make(url.format(ROWS[row].path))
-    figures, asked = await WORKS[ROWS[row].work](client, load_)
-    after = ask(load_.port)
+    steps = WORKS[ROWS[row].work](client, load_)
+    seen.start()
+    prepared, asked = await anext(steps)
+    seen.stop()
+    for _ in turns:
+        seen.start()
+        figures, more = await anext(steps)
+        seen.stop()
+        asked += more
+        yield replace(
+            figures,
+            first=prepared.first,
+            peak=machine.peak() / 1024 / 1024,
+            connections=seen.connections,
+            repeated=seen.requests - asked,
+        )
+    await steps.aclose()
     await client.close()
-    return replace(
-        figures,
-        peak=machine.peak() / 1024 / 1024,
-        connections=after.connections - before.connections,
-        repeated=after.requests - before.requests - asked,
-    )
+
+
+def asked_for(lines: Iterable[str], say: Callable[[str], None]) -> Iterator[str]:
+    """Say that all is ready, and hand out a turn for each line that comes."""
+    say(READY)
+    # Waiting for a line blocks the event loop, and is meant to: nothing is under way between two turns, and a process
+    # that sleeps in a read takes nothing from the one whose turn it is, as its timers would, or a thread that reads.
+    yield from lines
+
+
+def own_output() -> Callable[[str], None]:
+    """Return what writes a line to standard output, and lead all else that would be written there to standard error."""
+    output = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return lambda line: print(line, file=output, flush=True)
+
+
+async def tell(adapter: str, row: str, load_: Load, turns: Iterable[object], say: Callable[[str], None]) -> None:
+    """Measure, and say the figures of each turn when it is over."""
+    async for figures in measure(adapter, row, load_, turns):
+        say(msgspec.json.encode(figures).decode())
 
 
 def main() -> None:
@@ -239,12 +309,14 @@ def main() -> None:
     parser.add_argument("adapter", choices=ADAPTERS)
     parser.add_argument("row", choices=[row.name for row in ROWS.values() if row.work in WORKS])
     parser.add_argument("port", type=int)
-    parser.add_argument("count", type=int)
+    parser.add_argument("count", type=int, help="operations of a turn")
     parser.add_argument("loop", choices=("asyncio", "uvloop"))
     parser.add_argument("--concurrency", type=int, help="operations at once (default: as the row)")
     parser.add_argument("--length", type=int, help="deltas of a stream (default: as the row)")
     parser.add_argument("--core", type=int, help="the core to run on (default: any)")
+    parser.add_argument("--turns", action="store_true", help="a turn for each line of standard input (default: one)")
     options = parser.parse_args()
+    say = own_output()
     machine.pin(options.core)
     machine.allow_files()
     point = ROWS[options.row].points[0]
@@ -255,12 +327,12 @@ def main() -> None:
         merged=ADAPTERS[options.adapter].merged,
         port=options.port,
     )
+    turns = asked_for(iter(sys.stdin.readline, ""), say) if options.turns else [""]
     try:
         runner: Any = importlib.import_module(options.loop)
-        figures = runner.run(measure(options.adapter, options.row, wanted))
+        runner.run(tell(options.adapter, options.row, wanted, turns, say))
     except MissingLibraryError as problem:
         sys.exit(str(problem))
-    print(msgspec.json.encode(figures).decode())
 
 
 if __name__ == "__main__":

@@ -10,18 +10,18 @@ Measure = Literal["cpu", "wall", "memory", "importing"]
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One run of one adapter in a process of its own. What a row does not measure is `None`.
+    """One turn of one adapter, in a process of its own. What a row does not measure is `None`.
 
     Attributes:
         cpu: Microseconds of the client's process for one call or one delta, in user code and in the kernel.
         wall: Seconds for all operations.
         p50, p99: Milliseconds of a call.
-        first: Milliseconds from asking for a stream to its first delta, the median.
+        first: Milliseconds from asking for a stream to its first delta, the median, before the first turn.
         memory: KiB of resident memory for one open stream or one waiting call.
         importing: Milliseconds of the import.
-        peak: The most MiB of memory the process had.
-        connections: How many the server saw.
-        repeated: Requests the server saw beyond those that were asked for.
+        peak: The most MiB of memory the process had so far.
+        connections: How many the server saw of the process so far.
+        repeated: Requests the server saw of the process so far, beyond those that were asked for.
         server: The share of the time in which the server's core was busy.
     """
 
@@ -39,13 +39,19 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """Figures, and what they are of. `at` is the place on a curve: a concurrency, or the length of a stream."""
+    """Figures of a turn, and what they are of.
+
+    Attributes:
+        at: The place on a curve: a concurrency, or the length of a stream.
+        turn: Which turn of the row it is, counted through all rounds. Two libraries took their turns of the same number
+            one after the other.
+    """
 
     row: str
     adapter: str
     loop: str
     at: int
-    round: int
+    turn: int
     figures: Figures
 
 

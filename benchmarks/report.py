@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator
 
 from benchmarks.adapters import ADAPTERS
-from benchmarks.arithmetic import Spread, by_round, growth, ratios, spread
+from benchmarks.arithmetic import Spread, by_turn, growth, ratios, spread
 from benchmarks.figures import Results
 from benchmarks.rows import ROWS, Row
 from benchmarks.targets import Verdict, told
@@ -14,8 +14,8 @@ _HEADS = ("p50", "p99", "first delta", "peak memory", "connections")
 
 _HOW_TO_READ = """\
 CPU time of the client's process for a call or a delta, time on the wall for calls at once, resident memory. Each figure
-is the median of its rounds. The last column is the median of the ratios within a round, and the quartiles of these
-ratios.
+is the median of its turns. The last column is the median of the ratios of neighbouring turns, and the quartiles of
+these ratios.
 """
 
 
@@ -31,11 +31,11 @@ def number(value: float, unit: str = "") -> str:
 
 
 def ratio(found: Spread | None) -> str:
-    """A ratio and, behind it, where the middle half of its rounds lies."""
+    """A ratio and, behind it, where the middle half of its pairs lies."""
     if found is None:
         return ""
-    if found.rounds == 1:
-        return f"{found.median:.2f} (one round)"
+    if found.count == 1:
+        return f"{found.median:.2f} (one pair)"
     return f"{found.median:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
@@ -51,8 +51,8 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def median(results: Results, row: Row, adapter: str, loop: str, at: int | None = None) -> float | None:
-    """The median of a library's rounds."""
-    found = spread(list(by_round(results, row, adapter, loop, at).values()))
+    """The median of a library's turns."""
+    found = spread(list(by_turn(results, row, adapter, loop, at).values()))
     return None if found is None else found.median
 
 
@@ -63,7 +63,7 @@ def loops(results: Results, row: Row) -> list[str]:
 
 
 def _cells(results: Results, row: Row, loop: str, at: int | None = None) -> Iterator[str]:
-    each = {adapter: by_round(results, row, adapter, loop, at) for adapter in ADAPTERS}
+    each = {adapter: by_turn(results, row, adapter, loop, at) for adapter in ADAPTERS}
     for adapter in ADAPTERS:
         middle = median(results, row, adapter, loop, at)
         yield "" if middle is None else number(middle, row.unit)

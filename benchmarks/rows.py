@@ -10,6 +10,7 @@ from benchmarks.figures import Measure
 LOOPS = ("asyncio", "uvloop")
 QUICK = 20  # operations, and of these at once, of a smoke run
 QUICK_LENGTH = 50  # deltas of its streams
+QUICK_TURNS = 2
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,7 +18,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         concurrency: How many operations are under way at once.
-        count: How many operations are measured.
+        count: How many operations are measured in one turn.
         peers: The same for libraries that need minutes for `count`; 0 leaves them out.
         length: Deltas of a stream.
         at: The place on the curve, if the row is one.
@@ -37,7 +38,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         work: What a child does; see there.
         path: What is asked of the server.
         measure: The figure that counts.
-        rounds, peer_rounds: How often each library is measured.
+        rounds, peer_rounds: How often each library is measured in a new process.
+        turns, peer_turns: How often in each process. With more than one, ours and the reference are alive at the same
+            time and take turns, so that each has the machine as the other had it a moment before. That is for rows
+            whose work can be cut into slices, and that leave room for two processes.
+        without: Adapters that are left out, as they would take longer than all others together.
         ends: The two places of a curve whose ratio is the growth.
         quick: Whether peers take part in a smoke run, for which they start slowly.
     """
@@ -51,6 +56,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     loops: tuple[str, ...] = ("asyncio",)
     rounds: int
     peer_rounds: int = 1
+    turns: int = 1
+    peer_turns: int = 1
+    without: tuple[str, ...] = ()
     points: tuple[Point, ...] = (Point(concurrency=1, count=1, peers=1),)
     ends: tuple[int, int] | None = None
     quick: bool = False
@@ -65,8 +73,10 @@ _EVERY = (
         measure="cpu",
         unit="µs",
         loops=LOOPS,
-        rounds=7,
-        points=(Point(concurrency=64, count=8000, peers=1920),),
+        rounds=5,
+        turns=10,
+        peer_turns=5,
+        points=(Point(concurrency=64, count=768, peers=192),),
         quick=True,
     ),
     Row(
@@ -77,9 +87,9 @@ _EVERY = (
         measure="cpu",
         unit="µs",
         loops=LOOPS,
-        rounds=5,
+        rounds=4,
+        turns=3,
         points=(Point(concurrency=100, count=100, peers=100),),
-        quick=True,
     ),
     Row(
         name="burst",
@@ -88,8 +98,10 @@ _EVERY = (
         path="burst",
         measure="cpu",
         unit="µs",
-        rounds=9,
-        points=(Point(concurrency=1, count=1200, peers=20),),
+        rounds=5,
+        turns=10,
+        peer_turns=5,
+        points=(Point(concurrency=1, count=60, peers=4),),
         quick=True,
     ),
     Row(
@@ -99,7 +111,7 @@ _EVERY = (
         path="later",
         measure="wall",
         unit="s",
-        rounds=3,
+        rounds=5,
         points=(Point(concurrency=5000, count=5000),),
     ),
     Row(
@@ -109,7 +121,8 @@ _EVERY = (
         path="later",
         measure="wall",
         unit="s",
-        rounds=3,
+        rounds=5,
+        without=("litellm",),
         points=(Point(concurrency=10_000, count=10_000, peers=10_000),),
     ),
     Row(
@@ -119,7 +132,7 @@ _EVERY = (
         path="held",
         measure="memory",
         unit="KiB",
-        rounds=5,
+        rounds=3,
         points=(Point(concurrency=2000, count=2000, peers=500, length=10),),
     ),
     Row(
@@ -129,7 +142,7 @@ _EVERY = (
         path="held",
         measure="memory",
         unit="KiB",
-        rounds=5,
+        rounds=3,
         points=(Point(concurrency=2000, count=2000, peers=500),),
     ),
     Row(
@@ -141,10 +154,10 @@ _EVERY = (
         unit="µs",
         rounds=3,
         points=(
-            Point(at=1, concurrency=1, count=4000, peers=640),
-            Point(at=8, concurrency=8, count=6000),
+            Point(at=1, concurrency=1, count=2000, peers=640),
+            Point(at=8, concurrency=8, count=3000),
             Point(at=64, concurrency=64, count=8000, peers=640),
-            Point(at=1000, concurrency=1000, count=10_000, peers=1000),
+            Point(at=1000, concurrency=1000, count=5000, peers=1000),
             Point(at=10_000, concurrency=10_000, count=10_000),
         ),
         ends=(64, 10_000),
@@ -156,12 +169,13 @@ _EVERY = (
         path="long",
         measure="cpu",
         unit="µs",
-        rounds=3,
+        rounds=4,
+        turns=6,
         points=(
-            Point(at=100, length=100, concurrency=1, count=4000, peers=30),
-            Point(at=1000, length=1000, concurrency=1, count=500, peers=5),
-            Point(at=10_000, length=10_000, concurrency=1, count=50, peers=1),
-            Point(at=100_000, length=100_000, concurrency=1, count=5),
+            Point(at=100, length=100, concurrency=1, count=150, peers=30),
+            Point(at=1000, length=1000, concurrency=1, count=40, peers=5),
+            Point(at=10_000, length=10_000, concurrency=1, count=4, peers=1),
+            Point(at=100_000, length=100_000, concurrency=1, count=1),
         ),
         ends=(1000, 100_000),
     ),

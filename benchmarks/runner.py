@@ -1,23 +1,28 @@
-"""Rounds: every library in a process of its own, in turn, against one server."""
+"""Rounds: every library in a new process, in turn, against one server."""
 
+import io
 import platform
+import select
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from pathlib import Path
+from typing import NoReturn, Self, TypeVar
 
 import msgspec
 
 from benchmarks import machine
 from benchmarks.adapters import ADAPTERS, MissingLibraryError, missing
+from benchmarks.child import READY
 from benchmarks.figures import Figures, Results, Run
-from benchmarks.rows import QUICK, QUICK_LENGTH, Point, Row
+from benchmarks.rows import QUICK, QUICK_LENGTH, QUICK_TURNS, Point, Row
 
 ROOT = Path(__file__).parent.parent
-LONGEST = 900  # seconds of one run
+LONGEST = 900  # seconds of one turn, or until a process is ready for its first
 CURVE_ROUNDS = 2  # in which all places of a curve are measured
 SPARE_FILES = 200  # descriptors beside those of connections
 BEYOND = "import aiohttp, msgspec, tenacity"
@@ -32,6 +37,8 @@ print((time.perf_counter() - began) * 1e3)
 """
 
 Say = Callable[[str], None]
+Turn = Callable[[], Figures]  # takes one, and returns what was measured
+T = TypeVar("T")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +49,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         adapters: The libraries, in the order of a round.
         loops: The event loops; a row that is not measured on one of them is left out.
         rounds: Rounds of every row, if they are not to be its own.
-        quick: A smoke run: one round of little.
+        quick: A smoke run: one round of few turns with little to do.
     """
 
     rows: list[Row]
@@ -53,7 +60,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Server:
-    """A server of these benchmarks; each run has the next of its ports."""
+    """A server of these benchmarks; each process has the next of its ports."""
 
     def __init__(self, ports: list[int], core: int | None) -> None:
         self._ports = cycle(ports)
@@ -93,6 +100,8 @@ def load_of(point: Point, *, peer: bool, quick: bool) -> Point | None:
 def takes_part(row: Row, adapter: str, loop: str, number: int, plan: Plan) -> bool:
     """Whether a library is measured in this round. Peers are measured in the first rounds, on asyncio."""
     kind = ADAPTERS[adapter].kind
+    if adapter in row.without:
+        return False
     if row.name == "import-beyond":
         return kind == "ours"
     if kind in ("ours", "reference"):
@@ -112,20 +121,155 @@ def places(row: Row, number: int, *, quick: bool) -> list[Point]:
     return [point for point in row.points if point.at in wanted or (number < CURVE_ROUNDS and not quick)]
 
 
-def run(adapter: str, row: Row, loop: str, point: Point, server: Server) -> Figures:
-    """Run one measurement, whatever it takes."""
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process of a round does: a library under a load, so many turns long."""
+
+    adapter: str
+    load: Point
+    turns: int
+
+
+def groups(row: Row, adapters: list[str], number: int, *, quick: bool) -> list[list[Part]]:
+    """Who does what in a round, in groups of those that take turns; one group after another.
+
+    Where a row has turns, ours and the reference are one group, with all places of a curve. Everything else is alone:
+    connections would expire while others have their turn, and a row without turns has no room for a second process.
+    Every other round goes the other way, so that a drift of the machine hits all.
+    """
+    together: list[Part] = []
+    found: list[list[Part]] = []
+    for adapter in adapters:
+        kind = ADAPTERS[adapter].kind
+        turns = row.peer_turns if kind == "peer" else row.turns
+        for point in places(row, number, quick=quick):
+            load = load_of(point, peer=kind == "peer", quick=quick)
+            if load is None:
+                continue
+            part = Part(adapter=adapter, load=load, turns=min(turns, QUICK_TURNS) if quick else turns)
+            if row.turns > 1 and kind in ("ours", "reference"):
+                together.append(part)
+            else:
+                found.append([part])
+    if together:  # those of the same place are neighbours
+        found.insert(0, sorted(together, key=lambda part: part.load.at))
+    return found if number % 2 == 0 else [group[::-1] for group in reversed(found)]
+
+
+def in_turn(members: Sequence[T], turns: int) -> Iterator[tuple[int, T]]:
+    """Let all have a turn, and again the other way round: ours, plain, plain, ours, ours, plain.
+
+    Two turns of the same number are neighbours, so that both met the same machine, and neither is always the first.
+    """
+    for turn in range(turns):
+        for member in members if turn % 2 == 0 else reversed(members):
+            yield turn, member
+
+
+class Child:
+    """A process that measures when it is told to, and has no CPU meanwhile. To be used as a context.
+
+    Its methods raise `subprocess.SubprocessError` if it ended, was silent for `LONGEST` seconds, or said something that
+    is no answer; what it wrote to standard error was printed then. However the context ends, the process has ended.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            # A file, since a pipe that nobody reads while another has its turn would fill up.
+            self._errors = stack.enter_context(tempfile.TemporaryFile())
+            self._process = stack.enter_context(
+                subprocess.Popen(
+                    self._command,
+                    bufsize=0,  # what was read and not handed out yet, `select` would not know of
+                    cwd=ROOT,
+                    env=machine.environment(),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                )
+            )
+            stack.callback(self._process.kill)  # one that has ended is left alone
+            if (line := self._line()) != READY:
+                self._wrong(repr(line))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        with self._stack:
+            if failed[0] is None:
+                self._end()
+
+    def turn(self) -> Figures:
+        """Let it measure once."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(b"\n")
+        except BrokenPipeError:
+            self._died()
+        line = self._line()
+        try:
+            return msgspec.json.decode(line, type=Figures)
+        except msgspec.DecodeError:
+            self._wrong(repr(line))
+
+    def _line(self) -> str:
+        output = self._process.stdout
+        assert isinstance(output, io.RawIOBase)
+        if not select.select([output], [], [], LONGEST)[0]:
+            self._show()
+            raise subprocess.TimeoutExpired(self._command, LONGEST)
+        line = output.readline()
+        if not line.endswith(b"\n"):
+            self._died()
+        return line.decode(errors="replace").rstrip("\n")
+
+    def _end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            code = self._process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            self._show()
+            raise
+        if code:
+            self._died()
+
+    def _died(self) -> NoReturn:
+        code = self._process.wait(LONGEST)
+        if not code:
+            self._wrong("nothing, and ended")
+        self._show()
+        raise subprocess.CalledProcessError(code, self._command)
+
+    def _wrong(self, said: str) -> NoReturn:
+        self._show()
+        raise subprocess.SubprocessError(f"{' '.join(self._command)} said {said}")
+
+    def _show(self) -> None:
+        self._errors.seek(0)
+        sys.stderr.write(self._errors.read().decode(errors="replace"))
+
+
+@contextmanager
+def measuring(part: Part, row: Row, loop: str, server: Server) -> Iterator[Turn]:
+    """Have what takes the turns of a part there while the context lasts."""
     if row.work == "import":
-        return importing(adapter, row, server)
-    return child(adapter, row, loop, point, server)
+        yield lambda: importing(part.adapter, row, server)
+        return
+    with Child(command(part, row, loop, server)) as child:
+        yield child.turn
 
 
-def child(adapter: str, row: Row, loop: str, point: Point, server: Server) -> Figures:
-    """Run one measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.child", adapter, row.name, str(server.port()), str(point.count), loop]
-    command += ["--concurrency", str(point.concurrency), "--length", str(point.length)]
+def command(part: Part, row: Row, loop: str, server: Server) -> list[str]:
+    """What starts the process of a part."""
+    load, port = part.load, str(server.port())
+    found = [sys.executable, "-m", "benchmarks.child", part.adapter, row.name, port, str(load.count), loop, "--turns"]
+    found += ["--concurrency", str(load.concurrency), "--length", str(load.length)]
     if server.client_core is not None:
-        command += ["--core", str(server.client_core)]
-    return msgspec.json.decode(_last_line(command), type=Figures)
+        found += ["--core", str(server.client_core)]
+    return found
 
 
 def importing(adapter: str, row: Row, server: Server) -> Figures:
@@ -133,17 +277,19 @@ def importing(adapter: str, row: Row, server: Server) -> Figures:
     pinned = "" if server.client_core is None else f"os.sched_setaffinity(0, {{{server.client_core}}})"
     before = BEYOND if row.name == "import-beyond" else ""
     program = _IMPORT.format(core=pinned, before=before, name=ADAPTERS[adapter].imports)
-    return Figures(importing=float(_last_line([sys.executable, "-c", program])))
-
-
-def _last_line(command: list[str]) -> str:
     done = subprocess.run(
-        command, cwd=ROOT, env=machine.environment(), check=False, capture_output=True, text=True, timeout=LONGEST
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=machine.environment(),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
     )
     if done.returncode:
         sys.stderr.write(done.stderr)
         done.check_returncode()
-    return done.stdout.splitlines()[-1]  # some libraries print
+    return Figures(importing=float(done.stdout.splitlines()[-1]))  # some libraries print
 
 
 class Session:
@@ -168,17 +314,18 @@ class Session:
             if loop in self._plan.loops:
                 began, before = time.monotonic(), len(self.runs)
                 self._rounds(row, loop)
-                self._say(f"{row.name}, {loop}: {len(self.runs) - before} runs in {time.monotonic() - began:.0f} s")
+                self._say(f"{row.name}, {loop}: {len(self.runs) - before} turns in {time.monotonic() - began:.0f} s")
 
     def _rounds(self, row: Row, loop: str) -> None:
-        # Every other round goes the other way, so that a drift of the machine hits all.
         failed: set[str] = set()
         for number in range(1 if self._plan.quick else self._plan.rounds or row.rounds):
-            for adapter in self._adapters if number % 2 == 0 else reversed(self._adapters):
-                if adapter in failed or not takes_part(row, adapter, loop, number, self._plan):
+            there = [each for each in self._adapters if takes_part(row, each, loop, number, self._plan)]
+            for group in groups(row, there, number, quick=self._plan.quick):
+                adapter = group[0].adapter
+                if adapter in failed:
                     continue
                 try:
-                    self._round(row, adapter, loop, number)
+                    self._turns(row, group, loop, number)
                 except subprocess.SubprocessError as problem:
                     if ADAPTERS[adapter].kind != "peer":
                         raise
@@ -186,14 +333,17 @@ class Session:
                     why = "took too long" if isinstance(problem, subprocess.TimeoutExpired) else "failed"
                     self.left_out.append(f"{row.title}, {loop}: {ADAPTERS[adapter].title} {why}")
 
-    def _round(self, row: Row, adapter: str, loop: str, number: int) -> None:
-        for point in places(row, number, quick=self._plan.quick):
-            load = load_of(point, peer=ADAPTERS[adapter].kind == "peer", quick=self._plan.quick)
-            if load is not None:
-                figures = run(adapter, row, loop, load, self._server)
-                self.runs.append(
-                    Run(row=row.name, adapter=adapter, loop=loop, at=point.at, round=number, figures=figures)
+    def _turns(self, row: Row, group: list[Part], loop: str, number: int) -> None:
+        runs: list[Run] = []
+        with ExitStack() as stack:
+            # All are there, and warm, before the first turn.
+            turns = [(part, stack.enter_context(measuring(part, row, loop, self._server))) for part in group]
+            for turn, (part, take) in in_turn(turns, group[0].turns):
+                at = number * row.turns + turn
+                runs.append(
+                    Run(row=row.name, adapter=part.adapter, loop=loop, at=part.load.at, turn=at, figures=take())
                 )
+        self.runs += runs
 
 
 def measure(plan: Plan, say: Say) -> Results:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from benchmarks.arithmetic import Spread, by_round, growth, ratios, spread
+from benchmarks.arithmetic import Spread, by_turn, growth, ratios, spread
 from benchmarks.figures import Results
 from benchmarks.rows import LOOPS, ROWS
 
@@ -73,11 +73,11 @@ TARGETS = [
 
 
 def found(results: Results, target: Target) -> Spread | None:
-    """What was measured of a target, round by round."""
+    """What was measured of a target, turn by turn."""
     row = ROWS[target.row]
 
     def each(adapter: str) -> dict[int, float]:
-        return by_round(results, row, adapter, target.loop)
+        return by_turn(results, row, adapter, target.loop)
 
     if target.kind == "ratio":
         return spread(ratios(each("ours"), each("plain")))
@@ -122,6 +122,7 @@ def told(verdict: Verdict) -> str:
     if spread_ is None:
         return line + "NOT MEASURED"
     digits = ".3f" if target.kind in ("ratio", "growth", "own growth") else ".1f"
-    quartiles = f"{spread_.low:{digits}} to {spread_.high:{digits}}, {spread_.rounds} rounds"
-    middle = f"{spread_.median:{digits}} ({'one round' if spread_.rounds == 1 else quartiles})"
+    counted = "turn" if target.kind == "absolute" else "pair"
+    quartiles = f"{spread_.low:{digits}} to {spread_.high:{digits}}, {spread_.count} {counted}s"
+    middle = f"{spread_.median:{digits}} ({f'one {counted}' if spread_.count == 1 else quartiles})"
     return f"{line}{middle}: {'pass' if verdict.met else 'MISSED'}"

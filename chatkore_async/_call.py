@@ -46,7 +46,7 @@ _WAITING_FOR: dict[Phase, str] = {
 }
 
 
-class Call:
+class Call(Deadline):
     """One call: `run` makes its attempts, `end` closes its books.
 
     Args:
@@ -63,7 +63,6 @@ class Call:
         "_bucket",
         "_cancelled_it",
         "_cancelling",
-        "_deadline",
         "_expired",
         "_first_token_at",
         "_permit",
@@ -92,11 +91,11 @@ class Call:
         self.exchange: Exchange | None = None
         self._phase: Phase = "answer"
         self._expired: Phase | None = None
+        super().__init__(NEVER)
         self._total_at = self._first_token_at = self.waiting_since = NEVER
         self._task: asyncio.Task[Any] | None = None
         self._cancelling = 0
         self._cancelled_it = False
-        self._deadline: Deadline  # set when the call begins
         self._permit: object = _NO_PERMIT
 
     def __repr__(self) -> str:
@@ -117,7 +116,7 @@ class Call:
         total = settings.timeout.total_for(stream=self.outgoing.stream)
         if total is not None and (settings.limiter is None or not self._counts_from_admission):
             self._total_at = notes.started + total
-        self._deadline = self.pool.deadlines.set(self._total_at, self._expire)
+            self._look_at(self._total_at)
         if settings.hooks:
             self._announce()
         try:
@@ -179,20 +178,18 @@ class Call:
             if outgoing.stream:
                 self._watch_stream(now)
             try:
-                exchange = await pool.send(
-                    outgoing.method,
-                    outgoing.url,
-                    outgoing.body,
-                    headers,
-                    host_place=host_place,
-                    connect=settings.timeout.connect,
-                    proxy=settings.proxy,
-                    ssl=settings.ssl,
+                # The response has no name here: its headers may echo the key, and tracebacks show locals.
+                exchange = pool.answered(
+                    await pool.request(
+                        outgoing, headers, connect=settings.timeout.connect, proxy=settings.proxy, ssl=settings.ssl
+                    ),
+                    host_place,
                 )
-            except BaseException:
+            except BaseException as caught:
                 pool.slots.release()
                 if host_place is not None:
                     host_place.release()
+                pool.refuse(caught, outgoing.url, settings.timeout.connect)
                 raise
             self.exchange = exchange
             notes.first_byte = loop.time()
@@ -285,7 +282,7 @@ class Call:
         self._phase = "answer"
         return host_place
 
-    # Deadlines. One entry in the loop's heap serves the call; what it stands for is decided when it comes up.
+    # Deadlines. The call is one of the loop's; what it stands for is decided when it comes up.
 
     def _watch_stream(self, now: float) -> None:
         timeout = self.settings.timeout
@@ -318,12 +315,10 @@ class Call:
         return min(self._total_at, self._first_token_at, idle_at)
 
     def _look_at(self, when: float) -> None:
-        deadline = self._deadline
-        deadline.when = when
-        if when < deadline.seen_at:
-            self.pool.deadlines.watch(deadline)
+        self.when = when
+        self.pool.deadlines.watch(self)
 
-    def _expire(self) -> float | None:
+    def expire(self) -> float | None:
         """A deadline may have passed. Runs in the loop's timer; answers when to look again."""
         now = self.pool.loop.time()
         coming = self._next_deadline(now)
@@ -456,7 +451,7 @@ class Call:
         if notes.ended is not None:
             return
         notes.ended = self.pool.loop.time()
-        self.pool.deadlines.cancel(self._deadline)
+        self.pool.deadlines.cancel(self)
         if self.exchange is not None:
             self.exchange.abort()
             self.exchange = None

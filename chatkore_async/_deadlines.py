@@ -1,8 +1,8 @@
 """Deadlines of many calls behind one timer of the event loop.
 
 A timer of the loop costs more than a microsecond to set and to cancel, and nearly every deadline is cancelled. So
-they lie in a heap of our own: setting one is a push, moving it later is an assignment, and a cancelled one is
-dropped when it comes up or when half of the heap is such.
+they lie in a heap of our own: watching one is a push, moving it later is an assignment, and a cancelled one leaves
+only its number behind, which is dropped when it comes up or when most of the heap is such.
 """
 
 import asyncio
@@ -12,23 +12,44 @@ from collections.abc import Callable
 
 NEVER = float("inf")
 
+_SPARE = 64  # numbers left behind that nobody minds
+
 
 class Deadline:
-    """A moment of the loop's clock that a call must not pass.
+    """A moment of the loop's clock that must not be passed, and what happens when it is.
 
-    `when` may be moved at will; `Deadlines.watch` has to be told only when it became earlier.
+    Attributes:
+        when: the moment. It may be moved at will; `Deadlines.watch` has to be told only when it became earlier.
+        seen_at: when the timer looks at it next; `NEVER` while it is not watched, before all else once it is over.
+        entry: the number in the heap that stands for it.
     """
 
-    __slots__ = ("entry", "expire", "seen_at", "when")
+    __slots__ = ("entry", "seen_at", "when")
 
-    def __init__(self, when: float, expire: Callable[[], float | None]) -> None:
+    def __init__(self, when: float) -> None:
         self.when = when
-        self.expire: Callable[[], float | None] | None = expire
-        self.seen_at = NEVER  # when the timer looks at it next; once it is over, nothing is earlier
-        self.entry = -1  # the number of the heap's entry that counts; others are stale
+        self.seen_at = NEVER
+        self.entry = -1
 
     def __repr__(self) -> str:
-        return f"<Deadline {'cancelled' if self.expire is None else self.when}>"
+        return f"<Deadline {'cancelled' if self.seen_at == -NEVER else self.when}>"
+
+    def expire(self) -> float | None:
+        """Do what is due. Must not raise; may answer with a later moment, at which it is looked at again."""
+        raise NotImplementedError
+
+
+class _Alarm(Deadline):
+    """A deadline that calls a function."""
+
+    __slots__ = ("_expire",)
+
+    def __init__(self, when: float, expire: Callable[[], float | None]) -> None:
+        super().__init__(when)
+        self._expire = expire
+
+    def expire(self) -> float | None:
+        return self._expire()
 
 
 class Deadlines:
@@ -36,62 +57,50 @@ class Deadlines:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._heap: list[tuple[float, int, Deadline]] = []
-        self._numbers = itertools.count()  # so that two deadlines of one moment are never compared
+        self._watched: dict[int, Deadline] = {}
+        self._heap: list[tuple[float, int]] = []  # numbers that are not watched are stale
+        self._numbers = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = NEVER
-        self._stale = 0  # entries that were cancelled, or left behind by a deadline that moved
 
     def __repr__(self) -> str:
         return f"<Deadlines {len(self)} set>"
 
     def __len__(self) -> int:
-        return len(self._heap) - self._stale
+        return len(self._watched)
 
     def set(self, when: float, expire: Callable[[], float | None]) -> Deadline:
-        """Have `expire` run once the clock passes `when`; it is told nothing and must not raise.
-
-        It may answer with a later moment: then it was not time yet, and is looked at again.
-        """
-        deadline = Deadline(when, expire)
-        if when != NEVER:
-            self._push(deadline, when)
+        """Have `expire` run once the clock passes `when`, as `Deadline.expire` does."""
+        deadline = _Alarm(when, expire)
+        self.watch(deadline)
         return deadline
 
     def watch(self, deadline: Deadline) -> None:
-        """See to it that a deadline which became earlier is looked at in time."""
-        if deadline.seen_at != NEVER:
-            self._stale += 1  # the later entry stays in the heap until it comes up
-        self._push(deadline, deadline.when)
-
-    def _push(self, deadline: Deadline, when: float) -> None:
+        """See to it that a deadline which is new, or became earlier, is looked at in time."""
+        when = deadline.when
+        if when >= deadline.seen_at:
+            return
+        self._watched.pop(deadline.entry, None)
         deadline.seen_at = when
         number = deadline.entry = next(self._numbers)
-        heapq.heappush(self._heap, (when, number, deadline))
+        self._watched[number] = deadline
+        heapq.heappush(self._heap, (when, number))
         if when < self._timer_at:
             self._set_timer()
 
     def cancel(self, deadline: Deadline) -> None:
-        """Forget a deadline. Doing so twice is fine."""
-        if deadline.expire is None:
-            return
-        deadline.expire = None  # breaks the cycle with the call, too
-        if deadline.seen_at != NEVER:
-            self._stale += 1
-            if self._stale > 64 and self._stale * 2 > len(self._heap):
-                # In place: the collector may end a stream, and so bring us here, while `watch` pushes.
-                self._heap[:] = [entry for entry in self._heap if entry[1] == entry[2].entry and entry[2].expire]
-                heapq.heapify(self._heap)
-                self._stale = 0
-        else:
-            deadline.seen_at = -NEVER
+        """Forget a deadline, for good. Doing so twice is fine."""
+        self._watched.pop(deadline.entry, None)
+        deadline.seen_at = -NEVER  # so that nothing is earlier
+        if len(self._heap) > 2 * len(self._watched) + _SPARE:
+            # In place: the collector may end a stream, and so bring us here, while `watch` pushes.
+            self._heap[:] = [entry for entry in self._heap if entry[1] in self._watched]
+            heapq.heapify(self._heap)
 
     def close(self) -> None:
         """Stop the timer; what is still set will not expire."""
-        for _, _, deadline in self._heap:
-            deadline.expire = None
+        self._watched.clear()
         self._heap.clear()
-        self._stale = 0
         self._set_timer()
 
     def _set_timer(self) -> None:
@@ -107,21 +116,17 @@ class Deadlines:
         now = self._loop.time()
         try:
             while self._heap and self._heap[0][0] <= now:
-                _, number, deadline = heapq.heappop(self._heap)
-                expire = deadline.expire
-                if expire is None or number != deadline.entry:
-                    self._stale -= 1
+                _, number = heapq.heappop(self._heap)
+                deadline = self._watched.pop(number, None)
+                if deadline is None:
                     continue
                 deadline.seen_at = NEVER
                 if deadline.when <= now:
-                    deadline.expire = None
-                    later = expire()
+                    later = deadline.expire()
                     if later is None:
                         deadline.seen_at = -NEVER
                         continue
-                    deadline.expire = expire
                     deadline.when = later
-                if deadline.when != NEVER:  # it was moved since
-                    self.watch(deadline)
+                self.watch(deadline)
         finally:
             self._set_timer()

@@ -12,7 +12,7 @@ import ssl as _ssl
 import threading
 import urllib.request
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -32,9 +32,10 @@ from ._foreign import (
     was_sent,
 )
 from ._meta import PoolStats
+from ._options import Outgoing
 from ._proxies import checked_proxy, environment_proxy
 from ._slots import Slots
-from .errors import ConfigurationError, InvalidRequestError, InvalidResponseError
+from .errors import ChatKoreError, ConfigurationError, InvalidRequestError, InvalidResponseError
 
 Session = aiohttp.ClientSession
 
@@ -48,6 +49,7 @@ DRAIN_SECONDS = 0.25
 """What is read off after the end of a stream, to give its connection back (contract §3)."""
 
 _FOREVER = 1e9  # aiohttp 3.13 has no other way to say it
+_UNANSWERED = (*FOREIGN, TypeError, ConnectTimeoutError)
 _LARGE_BODY = 512 * 1024  # aiohttp warns of bytes above 1 MiB, and writes them in one go
 _KEPT = 64
 
@@ -246,28 +248,20 @@ class Pool:
             slots = self._host_slots[host] = Slots(self._per_host)
         return slots
 
-    async def send(
+    def request(
         self,
-        method: str,
-        url: str,
-        body: bytes | None,
+        outgoing: Outgoing,
         headers: Mapping[str, str] | None,
         *,
-        host_place: Slots | None,
         connect: float | None,
         proxy: str | Literal[False] | None,
         ssl: _ssl.SSLContext | None,
-    ) -> Exchange:
-        """Send a request on a connection of the pool and return its answer, the body unread.
+    ) -> Awaitable[aiohttp.ClientResponse]:
+        """Return a request to be awaited: what comes of it is for `answered`, what it raises for `refuse`.
 
-        The caller holds a place in `slots` (and in `host_place`), and passes it on to the `Exchange`; when this
-        raises, the caller still holds it.
-
-        Raises:
-            APIError: the request could not be sent, or was not answered.
-            ConfigurationError: the proxy cannot be used, or the client or its session was closed.
-            InvalidRequestError: a header cannot be sent.
+        Not a coroutine of its own: thousands may wait here. The caller holds a place in `slots`.
         """
+        url, body = outgoing.url, outgoing.body
         timeout = self._timeouts.get(connect)
         if timeout is None:
             timeout = self._timeout(connect)
@@ -293,24 +287,32 @@ class Pool:
             options["headers"] = headers
         if ssl is not None:
             options["ssl"] = ssl
-        try:
-            answer = session.request(method, url, **options)
-            del options, body  # thousands may wait here
-            response = await answer
-        except (*FOREIGN, TypeError, ConnectTimeoutError) as caught:
-            cause: Exception = caught
-        except BaseException:
-            self._opened()
-            raise
-        else:
-            connector = self.connector
-            took = self._opened() if connector is not None and connector.opened else None
-            if took is None:
-                self.reused += 1
-            return Exchange(response, self, host_place, took)
-        # Raised out here, so that what shows the request's headers is not kept as its context either.
+        return session.request(outgoing.method, url, **options)
+
+    def answered(self, response: aiohttp.ClientResponse, host_place: Slots | None) -> "Exchange":
+        """Return the answer to a request, its body unread, which takes over the places that the caller holds."""
+        took = self._opened() if self.connector is not None and self.connector.opened else None
+        if took is None:
+            self.reused += 1
+        return Exchange(response, self, host_place, took)
+
+    def refuse(self, caught: BaseException, url: str, connect: float | None) -> None:
+        """Raise the error of our tree for what a request raised, unless that is no error of aiohttp's.
+
+        Raises:
+            APIError: the request could not be sent, or was not answered.
+            ConfigurationError: the proxy cannot be used, or the client or its session was closed.
+            InvalidRequestError: a header cannot be sent.
+        """
         self._opened()
-        raise self._error(cause, url, connect) from harmless(cause)
+        if isinstance(caught, ChatKoreError) or not isinstance(caught, _UNANSWERED):
+            return
+        error, cause = self._error(caught, url, connect), harmless(caught)
+        try:
+            raise error from cause
+        finally:
+            error.__context__ = cause  # nor is what shows the request's headers kept there
+            del caught, error, cause
 
     def _error(self, cause: Exception, url: str, connect: float | None) -> Exception:
         """Return the error for a request that was not answered."""

@@ -4,8 +4,11 @@ import asyncio
 import os
 import platform
 import re
+import signal
 import socket
+import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -13,11 +16,12 @@ import pytest
 
 from benchmarks import answers, machine, report, runner
 from benchmarks.adapters import ADAPTERS, MissingLibraryError, load, missing
-from benchmarks.arithmetic import Spread, by_round, growth, ratios, spread
+from benchmarks.arithmetic import Spread, by_turn, growth, ratios, spread
 from benchmarks.child import Load, WrongAnswerError, check_call, check_count, check_texts, together
 from benchmarks.figures import Figures, Results, Run
 from benchmarks.machine import Machine
-from benchmarks.rows import ROWS
+from benchmarks.rows import LOOPS, ROWS
+from benchmarks.runner import Child, Part, Plan, Session, groups, in_turn, measuring, serving, takes_part
 from benchmarks.server import Counts, Server
 from benchmarks.targets import TARGETS, Target, judge, status, told
 
@@ -27,7 +31,7 @@ PEERS = [name for name, adapter in ADAPTERS.items() if adapter.kind == "peer"]
 
 def run(row: str, adapter: str, number: int, value: float, at: int = 0) -> Run:
     figures = Figures(**{ROWS[row].measure: value})
-    return Run(row=row, adapter=adapter, loop="asyncio", at=at, round=number, figures=figures)
+    return Run(row=row, adapter=adapter, loop="asyncio", at=at, turn=number, figures=figures)
 
 
 def results(*runs: Run) -> Results:
@@ -41,19 +45,19 @@ def verdicts(found: Results, target: Target):
 # Arithmetic.
 
 
-def test_a_ratio_is_taken_within_a_round() -> None:
-    """A machine that is slow for one round is slow for both, and the ratio of that round stays what it is."""
+def test_a_ratio_is_that_of_two_turns_of_the_same_number() -> None:
+    """A machine that is slow for a moment is slow for both, and the ratio of that pair stays what it is."""
     found = results(
         *(run("call", "ours", number, value) for number, value in enumerate([90, 900, 95])),
         *(run("call", "plain", number, value) for number, value in enumerate([100, 1000, 100])),
     )
-    each = [by_round(found, ROWS["call"], name, "asyncio") for name in ("ours", "plain")]
+    each = [by_turn(found, ROWS["call"], name, "asyncio") for name in ("ours", "plain")]
     assert ratios(*each) == [0.9, 0.9, 0.95]
     assert spread(ratios(*each)) == Spread(0.9, 0.9, pytest.approx(0.925), 3)
 
 
-def test_a_round_that_only_one_of_two_has_counts_for_neither() -> None:
-    """Peers are measured in fewer rounds; only those rounds are compared."""
+def test_a_turn_that_only_one_of_two_has_counts_for_neither() -> None:
+    """Peers have fewer turns; only those turns are compared."""
     assert ratios({0: 10.0, 1: 99.0}, {0: 5.0}) == [2.0]
     assert ratios({1: 99.0}, {0: 5.0}) == []
 
@@ -65,7 +69,7 @@ def test_a_spread_of_nothing_is_nothing() -> None:
 
 
 def test_growth_is_the_far_end_of_a_curve_over_the_near_one() -> None:
-    """What lies between the two ends does not count, nor does a round that lacks one of them."""
+    """What lies between the two ends does not count, nor does a turn that lacks one of them."""
     found = results(
         *(run("length", "ours", 0, value, at) for at, value in [(100, 9), (1000, 2), (10_000, 7), (100_000, 3)]),
         run("length", "ours", 1, 2, 1000),
@@ -78,7 +82,7 @@ def test_growth_is_the_far_end_of_a_curve_over_the_near_one() -> None:
 
 
 def test_a_target_is_judged_by_the_median() -> None:
-    """One round beyond the bound is noise, a median beyond it is a miss."""
+    """One pair beyond the bound is noise, a median beyond it is a miss."""
     target = Target(row="burst", kind="ratio", at_most=1.25)
     plain = [run("burst", "plain", number, 1) for number in range(3)]
     for values, met in [((1.0, 1.25, 9.0), True), ((1.0, 1.26, 1.27), False)]:
@@ -87,6 +91,7 @@ def test_a_target_is_judged_by_the_median() -> None:
         assert verdict.met is met
         assert status([verdict]) == (0 if met else 1)
         assert told(verdict).endswith("pass" if met else "MISSED")
+        assert ", 3 pairs)" in told(verdict)
 
 
 def test_a_target_of_each_kind_reads_its_own_figures() -> None:
@@ -257,6 +262,195 @@ async def test_the_server_refuses_a_path_it_does_not_know() -> None:
         connection._answer(b"/nonsense/1/v1", streamed=True)
 
 
+# Turns.
+
+
+def members(row: str, number: int = 0, *, quick: bool = False) -> list[list[str]]:
+    found = groups(ROWS[row], ["ours", "plain", "bare", "openai"], number, quick=quick)
+    return [[f"{part.adapter} {part.load.at}".removesuffix(" 0") for part in group] for group in found]
+
+
+def test_turns_go_there_and_back() -> None:
+    """Two turns of the same number are neighbours, and neither of two libraries is always the first."""
+    assert list(in_turn(["ours", "plain"], 3)) == [
+        *((0, "ours"), (0, "plain")),
+        *((1, "plain"), (1, "ours")),
+        *((2, "ours"), (2, "plain")),
+    ]
+
+
+def test_ours_and_the_reference_take_turns_and_all_others_are_alone() -> None:
+    """Others take so long that connections would expire meanwhile. Every other round goes the other way."""
+    assert members("call") == [["ours", "plain"], ["bare"], ["openai"]]
+    assert members("call", 1) == [["openai"], ["bare"], ["plain", "ours"]]
+
+
+@pytest.mark.parametrize("row", ["at-once-5000", "at-once-10000", "open-stream", "waiting-call", "import"])
+def test_who_fills_the_machine_is_alone(row: str) -> None:
+    """Thousands of connections, and memory that is weighed, leave no room for a second process."""
+    assert all(len(group) == 1 for group in members(row))
+
+
+def test_all_places_of_a_curve_take_turns() -> None:
+    """Each beside the reference at the same place, and the ends of the curve in the same seconds."""
+    assert members("length")[0] == [
+        f"{adapter} {at}" for at in (100, 1000, 10_000, 100_000) for adapter in ("ours", "plain")
+    ]
+    assert members("length", runner.CURVE_ROUNDS)[0] == ["ours 1000", "plain 1000", "ours 100000", "plain 100000"]
+    assert members("length", quick=True)[0] == ["ours 1000", "plain 1000"]
+
+
+def test_what_can_be_measured_once_in_a_process_has_one_turn() -> None:
+    """A client is cold once, and the memory of a process grows once."""
+    for row in ROWS.values():
+        assert row.turns == 1 or row.work in ("calls", "streams")
+        assert 1 <= row.peer_turns <= row.turns  # so that no two rounds have turns of the same number
+        assert {*row.without} <= ADAPTERS.keys() - {"ours", "plain"}
+
+
+def test_a_library_may_be_left_out_of_a_row() -> None:
+    """LiteLLM would take longer for 10,000 calls at once than all else together."""
+    row = ROWS["at-once-10000"]
+    plan = Plan(rows=[row], adapters=list(ADAPTERS), loops=["asyncio"])
+    there = [adapter for adapter in ADAPTERS if takes_part(row, adapter, "asyncio", 0, plan)]
+    assert there == ["ours", "plain", "bare", "openai", "openai_aiohttp"]
+
+
+class Machinery:
+    """Instead of processes: a machine that is slower by one with each turn it has had, on which some libraries fail."""
+
+    def __init__(self, *failing: str) -> None:
+        self._failing = failing
+        self._now = 0
+        self.alive: set[str] = set()
+        self.most = 0
+
+    @contextmanager
+    def measuring(self, part: Part, *_: object):
+        self.alive.add(f"{part.adapter} {part.load.at}")
+        self.most = max(self.most, len(self.alive))
+        try:
+            yield lambda: self._turn(part.adapter)
+        finally:
+            self.alive.remove(f"{part.adapter} {part.load.at}")
+
+    def _turn(self, adapter: str) -> Figures:
+        self._now += 1
+        if adapter in self._failing:
+            raise subprocess.CalledProcessError(1, adapter)
+        return Figures(cpu=self._now)
+
+
+def session(monkeypatch: pytest.MonkeyPatch, machinery: Machinery, *adapters: str) -> Session:
+    monkeypatch.setattr(runner, "measuring", machinery.measuring)
+    monkeypatch.setattr(runner, "missing", lambda adapter: False)
+    plan = Plan(rows=[], adapters=list(adapters), loops=["asyncio"])
+    return Session(plan, runner.Server([1], None), lambda line: None)
+
+
+def test_each_turn_makes_a_ratio_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the machine changes, it had one turn of time to do so; and who was first changes each time."""
+    found = session(monkeypatch, Machinery(), "ours", "plain", "bare")
+    row = ROWS["call"]
+    found.row(row, 20_000)
+    ours, plain = (by_turn(results(*found.runs), row, name, "asyncio") for name in ("ours", "plain"))
+    assert list(ours) == list(plain) == list(range(row.rounds * row.turns))
+    assert {abs(ours[turn] - plain[turn]) for turn in ours} == {1}
+    first = [ours[turn] < plain[turn] for turn in range(row.turns)]
+    assert first == [turn % 2 == 0 for turn in range(row.turns)]
+    assert (ours[row.turns] < plain[row.turns]) is False  # the second round goes the other way
+
+
+def test_a_peer_that_fails_is_left_out_and_ours_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row goes without a peer, and says so; nothing of it is kept, and no process is left."""
+    machinery = Machinery("openai")
+    found = session(monkeypatch, machinery, "ours", "plain", "openai")
+    found.row(ROWS["call"], 20_000)
+    assert {run.adapter for run in found.runs} == {"ours", "plain"}
+    assert found.left_out == ["one call, 64 at a time, asyncio: openai failed"]
+    machinery = Machinery("plain")
+    with pytest.raises(subprocess.CalledProcessError):
+        session(monkeypatch, machinery, "ours", "plain").row(ROWS["call"], 20_000)
+    assert machinery.most == 2
+    assert not machinery.alive
+
+
+# Processes that take turns.
+
+
+def child(program: str) -> Child:
+    return Child([sys.executable, "-c", f"import sys\nsay = lambda line: print(line, flush=True)\n{program}"])
+
+
+def test_a_process_that_dies_in_its_turn_tells_why(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it wrote to standard error is printed, and its status is that of the error."""
+    with (
+        pytest.raises(subprocess.CalledProcessError) as caught,
+        child("say('ready'); input(); say('{}'); input(); sys.exit('a reason')") as one,
+    ):
+        assert one.turn() == Figures()
+        one.turn()
+    assert caught.value.returncode == 1
+    assert "a reason" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param("sys.exit('before the first turn')", id="dies before it is ready"),
+        pytest.param("say('nonsense')", id="is something else"),
+        pytest.param("say('ready'); input(); say('nonsense')", id="no figures"),
+        pytest.param("say('ready'); input()", id="ends in a turn"),
+        pytest.param("say('ready')", id="ends before its turn"),
+        pytest.param("say('ready'); input(); say('{}'); sys.stdin.read(); sys.exit(1)", id="fails at its end"),
+    ],
+)
+def test_a_process_that_does_not_answer_has_no_figures(program: str) -> None:
+    """Whatever goes wrong is one error for who measures, and the process has ended."""
+    one = child(program)
+    with pytest.raises(subprocess.SubprocessError), one:
+        one.turn()
+    assert one._process.returncode is not None
+
+
+def test_a_process_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that hangs does not hang the session."""
+    monkeypatch.setattr(runner, "LONGEST", 0)
+    one = child("sys.stdin.read()")
+    with pytest.raises(subprocess.TimeoutExpired), one:
+        pass
+    assert one._process.returncode == -signal.SIGKILL
+
+
+def test_an_interrupt_leaves_no_process() -> None:
+    """Whoever gives up a session does not find its processes a day later."""
+    one = child("say('ready'); sys.stdin.read()")
+    with pytest.raises(KeyboardInterrupt), one:
+        raise KeyboardInterrupt
+    assert one._process.returncode == -signal.SIGKILL
+
+
+def test_what_a_library_prints_is_no_answer() -> None:
+    """Some print, from Python or from C."""
+    noise = "import os; from benchmarks.child import own_output; say = own_output(); print('!'); os.write(1, b'!')"
+    with child(f"{noise}; say('ready'); input(); print('!', flush=True); say('{{}}')") as one:
+        assert one.turn() == Figures()
+
+
+@pytest.mark.parametrize("row", ["call", "burst"])
+def test_two_libraries_take_turns(row: str) -> None:
+    """Each turn has figures of its own; what the server saw of the other counts for neither."""
+    (group, *_) = groups(ROWS[row], ["ours", "plain"], 0, quick=True)
+    with serving() as server, ExitStack() as stack:
+        turns = [(part, stack.enter_context(measuring(part, ROWS[row], LOOPS[0], server))) for part in group]
+        found = [(turn, part, take()) for turn, (part, take) in in_turn(turns, 2)]
+    assert [(turn, part.adapter) for turn, part, _ in found] == [(0, "ours"), (0, "plain"), (1, "plain"), (1, "ours")]
+    for _, part, figures in found:
+        assert figures.cpu
+        assert figures.cpu > 0
+        assert (figures.connections, figures.repeated) == (part.load.concurrency, 0)
+
+
 # Libraries that are not there.
 
 
@@ -294,7 +488,7 @@ def test_results_name_no_host_and_no_path() -> None:
 
 
 def test_a_table_has_a_line_for_each_row_and_the_spread() -> None:
-    """Whoever reads a ratio reads how far its rounds lie apart; a column without figures is left out."""
+    """Whoever reads a ratio reads how far its pairs lie apart; a column without figures is left out."""
     found = results(
         *(run("call", "ours", number, value) for number, value in enumerate([90.0, 95.0, 100.0])),
         *(run("call", "plain", number, 100.0) for number in range(3)),
@@ -303,7 +497,7 @@ def test_a_table_has_a_line_for_each_row_and_the_spread() -> None:
     )
     text = report.main_table(found).replace("\u00a0", " ")
     assert "| one call, 64 at a time | asyncio | 95.0 µs | 100 µs | 0.950 (0.925 to 0.975) |" in text
-    assert "4.32 s | 4.32 s | 1.00 (one round) |" in text
+    assert "4.32 s | 4.32 s | 1.00 (one pair) |" in text
     assert "LiteLLM" not in text
 
 
