@@ -20,7 +20,6 @@ from ._limiter import Demand, Limiter, Report
 from ._meta import Attempt
 from ._notes import Notes
 from ._options import Outgoing, Settings
-from ._protocol import Head
 from ._responses import Usage
 from ._retry import Bucket, Retries, retry
 from ._transport import Exchange, Pool
@@ -47,7 +46,7 @@ _WAITING_FOR: dict[Phase, str] = {
 
 
 class Call(Deadline):
-    """One call: `run` makes its attempts, `end` closes its books.
+    """One call, which begins when it is made, by the task that asks: `run` makes its attempts, `end` closes its books.
 
     Args:
         settings: of the client, with the call's own options over them.
@@ -57,6 +56,7 @@ class Call(Deadline):
 
     Attributes:
         waiting_since: when the reader of a stream began to wait for its next event; `NEVER` while it does not.
+        id: what hooks know it by; empty where there are none.
     """
 
     __slots__ = (
@@ -70,7 +70,6 @@ class Call(Deadline):
         "_task",
         "_total_at",
         "exchange",
-        "head",
         "id",
         "notes",
         "outgoing",
@@ -79,91 +78,50 @@ class Call(Deadline):
         "waiting_since",
     )
 
-    head: Head
-
     def __init__(self, settings: Settings, outgoing: Outgoing, pool: Pool, bucket: Bucket) -> None:
+        loop = pool.loop
+        now = loop.time()
         self.settings = settings
         self.outgoing = outgoing
         self.pool = pool
-        self.notes = Notes(pool.loop.time())
-        self._bucket = bucket
+        self.notes = Notes(started=now, began=now)
         self.id = ""
         self.exchange: Exchange | None = None
+        self._bucket = bucket
+        self._permit: object = _NO_PERMIT
         self._phase: Phase = "answer"
         self._expired: Phase | None = None
-        super().__init__(NEVER)
-        self._total_at = self._first_token_at = self.waiting_since = NEVER
-        self._task: asyncio.Task[Any] | None = None
-        self._cancelling = 0
         self._cancelled_it = False
-        self._permit: object = _NO_PERMIT
+        task = self._task = asyncio.current_task(loop)  # to find the loop is a system call on 3.11
+        self._cancelling = 0 if task is None else task.cancelling()
+        if outgoing.stream:
+            self._first_token_at = self.waiting_since = NEVER
+        total = settings.timeout.total_for(stream=outgoing.stream)
+        if total is None or (settings.limiter is not None and self._counts_from_admission):
+            self.when = self._total_at = NEVER
+        else:
+            self.when = self._total_at = now + total
+            pool.deadlines.watch(self)
+        if settings.hooks:
+            self._announce()
 
     def __repr__(self) -> str:
         return f"<Call {self.outgoing.method} {self.outgoing.url} {self._phase}>"
 
-    async def run(self, receive: Receive[T]) -> T:
+    async def run(self, receive: Receive[T], waited: float | None = None) -> T:
         """Make attempts until one succeeds or none is left, and return what `receive` made of its answer.
 
         When this returns, the call is not over: a stream goes on under its deadline. Whoever called calls `end`.
 
+        The first attempt has no coroutine of its own, since thousands may wait here. Those after it are made by this
+        one again, told how long they `waited`, and only fail.
+
         Raises:
             APIError: the last attempt's, with the call's metadata.
         """
-        notes = self.notes
-        task = self._task = asyncio.current_task(self.pool.loop)  # to find the loop is a system call on 3.11
-        self._cancelling = task.cancelling() if task is not None else 0
-        settings = self.settings
-        total = settings.timeout.total_for(stream=self.outgoing.stream)
-        if total is not None and (settings.limiter is None or not self._counts_from_admission):
-            self._total_at = notes.started + total
-            self._look_at(self._total_at)
-        if settings.hooks:
-            self._announce()
-        try:
-            try:
-                return await self._attempt(receive, 0.0)
-            except APIError as error:
-                return await self._retry(error, receive)
-        except APIError as error:
-            self._ended_by(error)
-            raise
-        except asyncio.CancelledError as cancelled:
-            # The deadline passed between two attempts.
-            if self._was_ours():
-                raise self._ended_by(self.timeout_error()) from cancelled
-            self.end("cancelled")
-            raise
-        except BaseException as error:
-            # The caller's own: an interrupt, or what a key callable raised.
-            self.end("error" if isinstance(error, Exception) else "cancelled", error)
-            raise
-
-    async def _retry(self, error: APIError, receive: Receive[T]) -> T:
-        retries = Retries(self.settings.policy, self._bucket)
-
-        def again(failure: APIError) -> float | None:
-            if not retries.again(failure, self._total_at - self.pool.loop.time()):
-                return None
-            self._note_retry(failure, retries)
-            return retries.delay
-
-        def attempt() -> Awaitable[T]:
-            return self._attempt(receive, retries.delay)
-
-        try:
-            return await retry(error, attempt, again=again, sleep=asyncio.sleep)
-        finally:
-            del error  # or its traceback, which has this frame, would hold itself
-
-    async def _attempt(self, receive: Receive[T], waited: float) -> T:
-        """Make one attempt: leave, place, request, answer."""
         pool, notes, settings, outgoing = self.pool, self.notes, self.settings, self.outgoing
-        loop = pool.loop
-        if notes.attempts:
-            notes.begin_attempt(loop.time(), waited)
-            self._expired = None
-            self._phase = "answer"
-        exchange: Exchange | None = None
+        if waited is not None:
+            self._begin_again(waited)
         try:
             headers, secret = outgoing.headers, settings.endpoint.key
             if settings.hooks or settings.endpoint.headers is not pool.headers or not isinstance(secret, Secret):
@@ -174,7 +132,7 @@ class Call(Deadline):
             host_place = None
             if pool.limits_hosts or not pool.slots.take():
                 host_place = await self._take_place()
-            now = notes.sent = loop.time()
+            now = notes.sent = pool.loop.time()
             if outgoing.stream:
                 self._watch_stream(now)
             try:
@@ -192,31 +150,77 @@ class Call(Deadline):
                 pool.refuse(caught, outgoing.url, settings.timeout.connect)
                 raise
             self.exchange = exchange
-            notes.first_byte = loop.time()
+            notes.first_byte = pool.loop.time()
             notes.connect = exchange.connect
             notes.status = exchange.status
             notes.headers = exchange.headers
-            self.head = Head(exchange.status, exchange.headers, secret)
             return await receive(self, exchange)
-        except APIError as error:
+        except BaseException as error:
+            if waited is None:
+                return await self._recover(error, receive)
+            self._fail_attempt(error)
+            raise
+
+    def _begin_again(self, waited: float) -> None:
+        self.notes.begin_attempt(self.pool.loop.time(), waited)
+        self._expired = None
+        self._phase = "answer"
+
+    async def _recover(self, error: BaseException, receive: Receive[T]) -> T:
+        """The first attempt failed: make others, or close the books and raise."""
+        try:
+            try:
+                self._fail_attempt(error)
+                raise error
+            except APIError as failure:
+                return await self._retry(failure, receive)
+        except APIError as failure:
+            self._ended_by(failure)
+            raise
+        except asyncio.CancelledError as cancelled:
+            # The deadline passed between two attempts.
+            if self._was_ours():
+                raise self._ended_by(self.timeout_error()) from cancelled
+            self.end("cancelled")
+            raise
+        except BaseException as other:
+            # The caller's own: an interrupt, or what a key callable raised.
+            self.end("error" if isinstance(other, Exception) else "cancelled", other)
+            raise
+        finally:
+            del error  # or its traceback, which has this frame, would hold itself
+
+    async def _retry(self, error: APIError, receive: Receive[T]) -> T:
+        retries = Retries(self.settings.policy, self._bucket)
+
+        def again(failure: APIError) -> float | None:
+            if not retries.again(failure, self._total_at - self.pool.loop.time()):
+                return None
+            self._note_retry(failure, retries)
+            return retries.delay
+
+        def attempt() -> Awaitable[T]:
+            return self.run(receive, retries.delay)
+
+        try:
+            return await retry(error, attempt, again=again, sleep=asyncio.sleep)
+        finally:
+            del error  # or its traceback, which has this frame, would hold itself
+
+    def _fail_attempt(self, error: BaseException) -> None:
+        """Write down that an attempt failed, and raise what stands in the place of `error` when a deadline passed."""
+        if isinstance(error, APIError):
             if self._expired is not None:
                 # The read failed because the deadline closed its connection.
                 self._was_ours()
                 raise self._noted(self.timeout_error()) from error
             self._noted(error)
-            if error.message != (message := masked(error.message, notes.secret)):
+            if error.message != (message := masked(error.message, self.notes.secret)):
                 # Not even HTTP, and yet an echo of the key: what aiohttp raised shows it too, and so do its frames.
                 error.message, error.args = message, (message,)
                 error.__cause__ = error.__context__ = error.__traceback__ = None
-            raise
-        except asyncio.CancelledError as cancelled:
-            if self._was_ours():
-                raise self._noted(self.timeout_error()) from cancelled
-            raise
-        finally:
-            if exchange is not None and not outgoing.stream:
-                exchange.abort()  # does nothing to one that was read to its end
-                self.exchange = None
+        elif isinstance(error, asyncio.CancelledError) and self._was_ours():
+            raise self._noted(self.timeout_error()) from error
 
     async def _headers(self) -> tuple[Mapping[str, str] | None, Secret]:
         """Return the headers of this attempt beyond the session's, and the key among them."""
@@ -310,13 +314,16 @@ class Call(Deadline):
 
         A stream that is not waited for now may be so in a moment: then it is idle from then on.
         """
-        idle = self.settings.timeout.idle if self.outgoing.stream else None
+        if not self.outgoing.stream:
+            return self._total_at
+        idle = self.settings.timeout.idle
         idle_at = NEVER if idle is None else min(now, self.waiting_since) + idle
         return min(self._total_at, self._first_token_at, idle_at)
 
     def _look_at(self, when: float) -> None:
         self.when = when
-        self.pool.deadlines.watch(self)
+        if self.notes.ended is None:  # it may have been left meanwhile
+            self.pool.deadlines.watch(self)
 
     def expire(self) -> float | None:
         """A deadline may have passed. Runs in the loop's timer; answers when to look again."""
@@ -424,7 +431,7 @@ class Call(Deadline):
                 permit,
                 Report(
                     # An error inside a 200 has the status that its code stands for.
-                    status=error.status_code if isinstance(error, APIStatusError) else notes.status,
+                    status=error.status_code if isinstance(error, APIStatusError) else notes.status or None,
                     headers=plain_headers(notes.headers),
                     usage=usage,
                     retry_after=None if error is None else error.retry_after,

@@ -292,8 +292,10 @@ class Completions:
         # Not by way of a name: the body may echo the key, and tracebacks show locals.
         if exchange.is_success:
             limit = self._client._manager.limits.max_body_size
-            return read_completion(call.head, await exchange.read(limit, is_whole=is_finished))
-        return read_completion(call.head, await exchange.read(MAX_BODY, cut=True))
+            return read_completion(
+                call.notes, exchange.read_nowait(limit) or await exchange.read(limit, is_whole=is_finished)
+            )
+        return read_completion(call.notes, await exchange.read(MAX_BODY, cut=True))
 
     @overload
     def stream(self, request: ChatCompletionRequest, /, **options: Unpack[CallOptions]) -> ChatStream: ...
@@ -355,10 +357,10 @@ class Completions:
         self, request: ChatCompletionRequest | None, params: dict[str, Any], *, stream: bool
     ) -> tuple[Settings, Outgoing, bool]:
         """Return the call's settings, its encoded request, and whether we asked for usage in the caller's place."""
-        options = _NO_OPTIONS
-        if not OPTION_NAMES.isdisjoint(params):
+        settings, options, fields = self._client._settings, _NO_OPTIONS, params
+        if request is not None or not _codec.REQUEST_FIELDS.issuperset(params):
             options = {name: params.pop(name) for name in OPTION_NAMES & params.keys()}
-        fields = _fields(request, params)
+            fields = _fields(request, params)
         extra_body: Any = options.get("extra_body")
         adds_usage = (
             stream
@@ -369,16 +371,12 @@ class Completions:
         if adds_usage:
             fields["stream_options"] = {"include_usage": True}
         body = _codec.encode_request(fields, stream=stream, extra_body=extra_body)
-        settings = self._client._settings
-        outgoing = Outgoing(
-            "POST",
-            settings.endpoint.url("/chat/completions", options.get("extra_query")),
-            body,
-            fields["model"],
-            _extra_headers(options.get("extra_headers"), _STREAM_HEADERS if stream else None),
-            stream,
-        )
-        return settings.with_call_options(options) if options else settings, outgoing, adds_usage
+        url = settings.endpoint.url("/chat/completions", options.get("extra_query"))
+        headers: Mapping[str, str] | None = _STREAM_HEADERS if stream else None
+        if options:
+            headers = _extra_headers(options.get("extra_headers"), headers)
+            settings = settings.with_call_options(options)
+        return settings, Outgoing("POST", url, body, fields["model"], headers, stream), adds_usage
 
 
 class Models:
@@ -389,7 +387,7 @@ class Models:
 
     async def _receive(self, call: Call, exchange: Exchange) -> list[Model]:
         limit = self._client._manager.limits.max_body_size if exchange.is_success else MAX_BODY
-        return read_models(call.head, await exchange.read(limit, cut=not exchange.is_success))
+        return read_models(call.notes, await exchange.read(limit, cut=not exchange.is_success))
 
     async def list(
         self,

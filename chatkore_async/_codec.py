@@ -133,17 +133,24 @@ def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mappi
     Raises:
         InvalidRequestError: with the path of the fault.
     """
-    body = dict(fields)
-    messages = body.get("messages")
-    if isinstance(messages, _LISTS) or _is_lazy(messages):
-        body["messages"] = [
+    body = fields
+    messages: Any = fields.get("messages")
+    odd = type(messages) is not list
+    if not odd:
+        for message in messages:
             # Nearly all are such dicts, in which there is nothing to look at.
-            message if type(message) is dict and "tool_calls" not in message else _sendable(message)
-            for message in cast("Iterable[Any]", messages)
-        ]
+            if type(message) is not dict or "tool_calls" in message:
+                odd = True
+                break
+    if odd and messages is not None:
+        body = {**fields, "messages": _all_sendable(messages)}
     if stream:
-        body["stream"] = True
-    encoded = _encoded(body)
+        body = {**body, "stream": True}
+    try:
+        encoded = _encode(body)
+    except _UNENCODABLE as error:
+        body = dict(body)
+        encoded = _encoded_after(error, body)
     try:
         _check(encoded)
     except MISFIT as error:
@@ -153,7 +160,7 @@ def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mappi
     if extra_body is not None:
         if not isinstance(cast("object", extra_body), Mapping):
             _refuse("$.extra_body", f"expected a mapping, got {type(extra_body).__name__}")
-        body |= extra_body
+        body = {**body, **extra_body}
         encoded = _encoded(body)
     # msgspec writes NaN and infinity as null, so only a body with a null in it can hide one.
     # `find`, since `in` first takes the bytes for a number, and has an error made and dropped.
@@ -167,24 +174,32 @@ _LISTS = (list, tuple)
 _MAPPINGS = (dict, Mapping)
 
 
-def _is_lazy(messages: object) -> bool:
-    """A generator of messages, or another collection of them than a list."""
-    return isinstance(messages, Iterable) and not isinstance(messages, str | bytes | Mapping)
+def _all_sendable(messages: Any) -> Any:
+    """Return messages as they are sent: a list, from whatever yields them; what does not is refused later."""
+    given: object = messages
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
+        return messages
+    return [_sendable(message) for message in messages]
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
     try:
         return _encode(body)
     except _UNENCODABLE as error:
-        odd = [name for name, value in body.items() if value is UNSET or isinstance(value, Iterator)]
-        for name in odd:
-            value = body.pop(name)
-            if value is not UNSET:
-                body[name] = list(value)
-        if odd:
-            return _encoded(body)
+        return _encoded_after(error, body)
+
+
+def _encoded_after(error: Exception, body: dict[str, Any]) -> bytes:
+    """Encode what was refused, without what is not to be sent, or say why it cannot be."""
+    odd = [name for name, value in body.items() if value is UNSET or isinstance(value, Iterator)]
+    for name in odd:
+        value = body.pop(name)
+        if value is not UNSET:
+            body[name] = list(value)
+    if not odd:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         _refuse(*(_find_fault(body, _why_not) or ("$", reason)), error)
+    return _encoded(body)
 
 
 def _refuse(path: str, reason: str, cause: Exception | None = None) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 
+from ._cork import Cork, bare
 from ._deadlines import Deadlines
 from ._foreign import ClientClosedError, ConnectTimeoutError
 
@@ -70,8 +71,9 @@ class Connector(aiohttp.TCPConnector):
     only when no connection is idle: what is done here costs a reused connection nothing.
     """
 
-    def __init__(self, deadlines: Deadlines, **options: Any) -> None:
+    def __init__(self, deadlines: Deadlines, cork: Cork | None, **options: Any) -> None:
         super().__init__(**options)  # pyright: ignore[reportUnknownMemberType]
+        self._cork = cork
         # Weak, as in `_keep`: a deadline leads to its call and so to its pool, which could not be collected.
         self._deadlines = weakref.ref(deadlines)
         self.created = 0
@@ -130,6 +132,8 @@ class Connector(aiohttp.TCPConnector):
         self.created += 1
         self.opened[task] = opening.loop.time() - opening.began
         self._protocols.add(weakref.ref(protocol, self._forget))
+        if self._cork is not None:
+            self._cork.put_on(protocol)
         return protocol
 
 
@@ -229,7 +233,7 @@ def _close_transport(protocol: Any, *, loop_is_closed: bool) -> None:
     asyncio's transports are torn down by `_call_connection_lost`, which `abort()` has the loop call soon; it is
     called here in its place. Another loop's (uvloop) has no such method, and needs none.
     """
-    transport = protocol.transport
+    transport = bare(protocol.transport)
     if transport is None:
         return
     # Below TLS there is the transport that has the socket.

@@ -1,6 +1,9 @@
 """What a call writes down while it runs: a few numbers, of which a `CallMeta` is made when somebody asks. No I/O."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
+
+import msgspec
 
 from ._config import Secret
 from ._headers import plain_headers, rate_limit, request_id
@@ -8,54 +11,53 @@ from ._meta import Attempt, CallMeta, Timings
 from ._words import masked
 
 _NO_KEY = Secret()
-_NO_HEADERS: Mapping[str, str] = {}
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
-class Notes:
-    """What a call noted down, in loop time; `meta()` makes a `CallMeta` of it."""
+class Head(msgspec.Struct, gc=False):
+    """An answer's status line and headers, and the key that was sent, so that no echo of it gets out.
 
-    __slots__ = (
-        "attempts",
-        "began",
-        "connect",
-        "ended",
-        "failed",
-        "first_byte",
-        "first_token",
-        "headers",
-        "max_gap",
-        "secret",
-        "sent",
-        "started",
-        "status",
-        "waited",
-    )
+    `headers` are looked up by lower-case name. A status of 0 is none yet.
+    """
 
-    def __init__(self, now: float) -> None:
-        self.started = now
-        self.ended: float | None = None
-        self.attempts: list[Attempt] = []  # those that failed
-        self.secret = _NO_KEY  # that no echo of it gets out
-        self.begin_attempt(now, 0.0)
+    status: int = 0
+    headers: Mapping[str, str] = _NO_HEADERS
+    secret: Secret = _NO_KEY
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.status}>"  # a header may echo the key
+
+
+class Notes(Head, kw_only=True, gc=False):
+    """What a call noted down, in loop time; `meta()` makes a `CallMeta` of it.
+
+    It begins with the head of the answer to the last attempt, and goes on with the times of that. A struct, since one
+    with these defaults is made in C.
+    """
+
+    started: float
+    began: float
+    ended: float | None = None
+    attempts: list[Attempt] = []  # those that failed
+    waited: float = 0.0
+    failed: bool = False
+    sent: float | None = None
+    connect: float | None = None
+    first_byte: float | None = None
+    first_token: float | None = None
+    max_gap: float | None = None
 
     def begin_attempt(self, now: float, waited: float) -> None:
-        """Forget the last attempt's numbers."""
-        self.began = now
-        self.waited = waited
-        self.failed = False
-        self.sent: float | None = None
-        self.connect: float | None = None
-        self.first_byte: float | None = None
-        self.first_token: float | None = None
-        self.max_gap: float | None = None
-        self.status: int | None = None
-        self.headers = _NO_HEADERS
+        """Forget the last attempt's numbers, and its head but for the key."""
+        self.began, self.waited, self.failed = now, waited, False
+        self.sent = self.connect = self.first_byte = self.first_token = self.max_gap = None
+        self.status, self.headers = 0, _NO_HEADERS
 
     def end_attempt(self, now: float, error: str | None, reported_id: str | None) -> Attempt:
         """Return what there is to say of the running attempt."""
         return Attempt(
             number=len(self.attempts) + 1,
-            status=self.status,
+            status=self.status or None,
             error=error,
             waited=self.waited,
             elapsed=now - self.began,

@@ -3,17 +3,14 @@
 Bytes and headers become a result or a typed error here, for awaited calls and for single events of a stream.
 """
 
-from collections.abc import Mapping
 from typing import Final, Literal
-
-import msgspec
 
 from . import _codec, _sse, _tolerant
 from ._accumulate import OVERFLOWED, Accumulator, has_delta
 from ._classify import classify
 from ._codec import NotJSONError
-from ._config import Secret
 from ._headers import plain_headers, request_id
+from ._notes import Head
 from ._responses import ChatCompletion, ChatCompletionChunk, Model
 from ._words import MAX_BODY, is_page, masked, one_line, page_title
 from .errors import APIError, InvalidResponseError, StreamInterruptedError
@@ -22,20 +19,6 @@ CROWDED: Final = f"is made of more than {_codec.MAX_OBJECTS:,} objects and array
 
 DONE: Final = "done"
 """What `read_event` answers for `[DONE]`."""
-
-
-class Head(msgspec.Struct, frozen=True):
-    """An answer's status line and headers, and the key that was sent, so that no echo of it gets out.
-
-    `headers` are looked up by lower-case name.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    secret: Secret = Secret()
-
-    def __repr__(self) -> str:
-        return f"<Head {self.status}>"  # a header may echo the key
 
 
 def read_error(head: Head, body: bytes, whole: object = None, *, certain: bool = False) -> APIError | None:
@@ -90,7 +73,7 @@ def read_completion(head: Head, body: bytes) -> ChatCompletion:
 def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
     if head.status != 200 and (error := read_error(head, body)):
         return error
-    if _codec.is_crowded(body):
+    if len(body) > _codec.LARGE and _codec.is_crowded(body):
         return crowded(head, body)
     try:
         completion, whole = _codec.decode_completion(body)
@@ -99,7 +82,8 @@ def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
             return _completion_or_error(head, before)
         cause = _harmless(error)
     else:
-        return _checked(head, body, completion, whole)
+        # Nearly all are like this, and hide nothing.
+        return completion if whole is None and completion.choices else _checked(head, body, completion, whole)
     if _looks_like_events(body):
         return _completion_of_events(head, body)
     return read_error(head, body) or not_the_api(head, body, cause)

@@ -328,9 +328,9 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         parts.clear()
         try:
             if reader.whole:
-                read_completion(call.head, data)  # S12: raises what a whole answer can hide
+                read_completion(call.notes, data)  # S12: raises what a whole answer can hide
                 self._done = True
-            chunk = read_event(call.head, data, self._merged)
+            chunk = read_event(call.notes, data, self._merged)
         except APIError as error:
             data = b""
             error.__traceback__ = None  # the frames of the reading have the event, too
@@ -365,7 +365,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         if not exchange.is_success:
             body = await exchange.read(MAX_BODY, cut=True)
             try:
-                raise read_error(call.head, body) or not_the_api(call.head, body, None)
+                raise read_error(call.notes, body) or not_the_api(call.notes, body, None)
             finally:
                 del body  # it may echo the key, and tracebacks show locals
         reader = self._reader = EventReader(call, exchange, self._limits)
@@ -432,7 +432,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         """The error for a stream that ended before it was finished."""
         if call.expired:
             return call.timeout_error()
-        if reader.stray and (error := read_error(call.head, reader.stray)):
+        if reader.stray and (error := read_error(call.notes, reader.stray)):
             return error
         if isinstance(reader.cause, EventTooLargeError):
             return InvalidResponseError(str(reader.cause), hint=reader.cause.hint)
@@ -442,7 +442,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     def _no_delta(self, call: Call, reader: EventReader) -> ChatKoreError:
         """The error for a stream that ended without a first delta."""
-        if reader.stray and (error := read_error(call.head, reader.stray)):
+        if reader.stray and (error := read_error(call.notes, reader.stray)):
             return error
         if isinstance(reader.cause, EventTooLargeError):
             return InvalidResponseError(str(reader.cause), hint=reader.cause.hint)
@@ -450,7 +450,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             return mapped(reader.cause, sent=True)
         if reader.stray:
             try:
-                read_completion(call.head, reader.stray)
+                read_completion(call.notes, reader.stray)
             except APIError as error:  # text that is no event stream: what it is to an awaited call, it is here
                 return error
         return InvalidResponseError("the stream ended without a delta", retryable="unconfirmed")

@@ -20,6 +20,7 @@ import aiohttp
 
 from ._config import Limits, Secret, merge_headers
 from ._connector import NO_TIMEOUT, Connector, Keeper, close, open_socket
+from ._cork import WORTHWHILE, Cork
 from ._deadlines import Deadlines
 from ._foreign import (
     FOREIGN,
@@ -82,6 +83,19 @@ class Exchange:
         """Whether the status promises an answer: 200, or what a framework made of it (E14)."""
         return 200 <= self.status < 300
 
+    def read_nowait(self, limit: int | None) -> bytes | None:
+        """Return the whole body, and let go, where it came with the headers, as most do; else `None`: `read` it."""
+        content = self.content
+        if (
+            not content.is_eof()
+            or content.exception() is not None
+            or (limit is not None and content.total_bytes > limit)
+        ):
+            return None
+        body = content.read_nowait()
+        self.let_go()
+        return body
+
     async def read(
         self, limit: int | None, *, cut: bool = False, is_whole: Callable[[bytes], bool] | None = None
     ) -> bytes:
@@ -96,10 +110,6 @@ class Exchange:
             APIError: the body broke off, or is too large.
         """
         content = self.content
-        if content.is_eof() and content.exception() is None and (limit is None or content.total_bytes <= limit):
-            body = content.read_nowait()  # it came with the headers, as most do
-            self.let_go()
-            return body
         pieces: list[bytes] = []
         size = 0
         try:
@@ -209,6 +219,7 @@ class Pool:
         self._environment = urllib.request.getproxies()
         self.connector = Connector(
             self.deadlines,
+            Cork(loop, self.slots) if WORTHWHILE else None,
             limit=0,
             keepalive_timeout=_FOREVER if limits.keepalive_expiry is None else limits.keepalive_expiry,
             ssl=True if manager.ssl is None else manager.ssl,

@@ -18,6 +18,7 @@ FLOORS = [
     ["_classify", "_batch_lines", "_batch_writer"],
     ["_protocol", "_batch_plan", "_batch_files"],
     ["_retry", "_slots", "_deadlines", "_proxies", "_foreign", "_ratelimiter"],
+    ["_cork"],
     ["_connector"],
     ["_transport"],
     ["_call"],

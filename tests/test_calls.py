@@ -680,6 +680,7 @@ async def test_no_hooks_make_no_records(client: AsyncChatKore) -> None:
     """Without hooks a call has no id, since making one costs time."""
     call = client._call(client._settings, client.chat.completions._prepare(None, dict(ASK), stream=False)[1])
     assert call.id == ""
+    call.end("left")
     assert repr(call).startswith("<Call POST http://127.0.0.1")
 
 

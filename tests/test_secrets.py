@@ -387,7 +387,7 @@ async def test_no_repr_tells_the_key(key: str) -> None:
                 call.settings,
                 call.outgoing,
                 call.exchange,
-                call.head,
+                call.notes,
                 call.notes.meta(),
                 call.pool,
                 client._settings,
