@@ -1,10 +1,11 @@
 """Deltas → one completion, in time linear in what arrived. No I/O.
 
-Chunks are put aside as they come and merged in batches, in one tight loop: a consumer who only reads chunks pays
-an `append` for each. Texts are kept in pieces and joined when a completion is asked for.
+Chunks are put aside as they are handed out, and merged together, in one loop, when there is nothing else to do: while
+they are fresh in the caches, and so that nobody who waits holds any. Texts are kept in pieces, and joined when a
+completion is asked for.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import msgspec
@@ -27,9 +28,6 @@ from ._responses import (
     ToolCallDelta,
     Usage,
 )
-
-BATCH = 8
-"""Chunks put aside before they are merged: enough for a loop to pay, few enough, since each is a kilobyte."""
 
 MAX_PARTS = 250_000
 """Choices, tool calls, annotations and log probabilities that a stream may have in all.
@@ -62,38 +60,34 @@ def _says_something(delta: ChoiceDelta) -> bool:
 class Accumulator:
     """Merges the chunks of one stream into a `ChatCompletion`.
 
-    `pending` is where a stream appends its chunks; `merge()` from time to time keeps it short. `usage` is what the
+    `pending` is where a stream appends its chunks, and `merge()` empties it. `usage` is what the
     server counted, once it said so. `overflowed` is set when there were more than `MAX_PARTS`; what came after them is
     not merged, and whoever reads the stream is to end it with an error.
     """
 
-    __slots__ = ("_choices", "_head", "_parts", "overflowed", "pending", "usage")
+    __slots__ = ("_choices", "_has_head", "_head", "_parts", "overflowed", "pending", "usage")
 
     def __init__(self) -> None:
         self.pending: list[ChatCompletionChunk] = []
         self._choices: dict[int, _ChoiceSoFar] = {}
         self._head = ChatCompletion(object="chat.completion")
+        self._has_head = False
         self.usage: Usage | None = None
         self._parts = 0
         self.overflowed = False
 
     def merge(self) -> None:
         """Merge what is pending."""
-        if not self.overflowed:
-            self._merge(self.pending)
-            self.overflowed = self._parts > MAX_PARTS
-        self.pending.clear()  # and not a new list: a stream has this one at hand
-
-    def _merge(self, chunks: Sequence[ChatCompletionChunk]) -> None:
-        head, choices = self._head, self._choices
-        has_head = False
-        for chunk in chunks:
-            if not has_head:
-                has_head = self._take_head(chunk)
+        pending, head, choices = self.pending, self._head, self._choices
+        fingerprint: str | None = None
+        for chunk in pending if not self.overflowed else ():
+            if not self._has_head:
+                self._take_head(chunk)
             if chunk.usage is not None and chunk.usage != _NO_TOKENS:
                 self.usage = chunk.usage  # C6: the last one wins, they are never summed
             if chunk.service_tier is not None:
                 head.service_tier = chunk.service_tier
+            fingerprint = chunk.system_fingerprint or fingerprint
             for choice in chunk.choices:
                 so_far = choices.get(choice.index)
                 if so_far is None:
@@ -115,18 +109,19 @@ class Accumulator:
                     or delta.audio is not None
                 ):
                     self._parts += so_far.add_rest(choice)
-        for chunk in reversed(chunks):  # nearly always it is in the very last
-            if chunk.system_fingerprint is not None:
-                head.system_fingerprint = chunk.system_fingerprint
-                break
+        if fingerprint is not None:
+            head.system_fingerprint = fingerprint
+        if self._parts > MAX_PARTS:
+            self.overflowed = True
+        pending.clear()  # and not a new list: a stream has this one at hand
 
-    def _take_head(self, chunk: ChatCompletionChunk) -> bool:
-        """C1: the first id, model and time that are not empty win. Tell whether all are there."""
+    def _take_head(self, chunk: ChatCompletionChunk) -> None:
+        """C1: the first id, model and time that are not empty win."""
         head = self._head
         head.id = head.id or chunk.id
         head.model = head.model or chunk.model
         head.created = head.created or chunk.created
-        return bool(head.id and head.model and head.created)
+        self._has_head = bool(head.id and head.model and head.created)
 
     @property
     def started(self) -> bool:

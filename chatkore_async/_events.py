@@ -6,6 +6,7 @@ What had arrived when a connection broke is handed out before the break is repor
 
 import contextlib
 import math
+from collections.abc import Callable
 
 from ._call import Call
 from ._codec import LARGE, is_crowded
@@ -57,7 +58,7 @@ class EventReader:
         "_call",
         "_decoder",
         "_exchange",
-        "_is_events",
+        "_feed",
         "_last_event",
         "_max_event",
         "_max_gap",
@@ -87,7 +88,7 @@ class EventReader:
         self.unskipped = 1  # the first wait has none to go on with
         self._size = 0  # bytes so far
         self._last_event = 0  # bytes so far when there was an event last
-        self._is_events = False  # as far as is known
+        self._feed: Callable[[bytes], list[bytes]] | None = None  # the decoder's, once this is an event stream
         self._blank: bytes | None = b""  # what came before the first byte that tells what the body is
         self._body: list[bytes] = []
         self.events: list[bytes] = []
@@ -135,7 +136,7 @@ class EventReader:
         size = self._size = self._size + len(data)
         if size > self._max_size:
             raise _AnswerTooLargeError(f"the stream is larger than max_body_size ({self._max_size} bytes)")
-        events = self._decoder.feed(data) if self._is_events else self._take_other(data)
+        events = self._take_other(data) if self._feed is None else self._feed(data)
         # An event has at most the bytes that came since the one before it.
         if size - self._last_event > LARGE:
             self._check(events)
@@ -152,8 +153,8 @@ class EventReader:
                 self._blank = data
                 return []
             self._blank = None
-            self._is_events = begins_event_stream(data)
-            if self._is_events:
+            if begins_event_stream(data):
+                self._feed = self._decoder.feed
                 return self._decoder.feed(data)
             self.whole = True
         self._body.append(data)
@@ -162,7 +163,8 @@ class EventReader:
         return []
 
     def _add(self, events: list[bytes]) -> None:
-        events.reverse()
+        if len(events) > 1:
+            events.reverse()
         self.events[:0] = events
 
     def _stop_waiting(self) -> None:

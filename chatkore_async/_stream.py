@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from . import _codec
-from ._accumulate import BATCH, OVERFLOWED, Accumulator, has_delta
+from ._accumulate import OVERFLOWED, Accumulator, has_delta
 from ._call import Call
 from ._codec import MISFIT
 from ._config import Limits
@@ -253,13 +253,11 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         while self._held:
             pending.append(self._held[-1])
             yield self._held.pop()
-        if not events:
-            self._merge()  # what came first may be all for a while, and takes less when it is merged
         while True:
             while events:
                 data = events.pop()
                 try:
-                    chunk = decode(data)
+                    chunk: ChatCompletionChunk | None = decode(data)
                 except MISFIT:
                     chunk = None
                 if chunk is not None and chunk.choices and type(data) is bytes:
@@ -276,7 +274,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             if self._done or reader.ended or self._busy:
                 await self._fill()
                 continue
-            if len(pending) >= BATCH:
+            if pending:
                 self._merge()
             # The common way to wait for a delta; `_fill` is the same with two coroutines in between.
             self._busy = True
@@ -395,8 +393,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             if self._done or reader.ended:
                 await self._conclude(call, reader)
                 return
-            if len(self._merged.pending) >= BATCH:
-                self._merge()
+            self._merge()
             await reader.fill()
         except asyncio.CancelledError as cancelled:
             self._leave(cancelled)

@@ -27,7 +27,6 @@ from chatkore_async import (
     StreamInterruptedError,
     Timeout,
 )
-from chatkore_async._accumulate import BATCH
 from chatkore_async._events import EventReader
 from chatkore_async.testing import (
     ChatKoreServer,
@@ -243,18 +242,20 @@ async def test_break_and_continue_in_the_block(completions, server: ChatKoreServ
     assert "".join(got) == "abcdefgh"
 
 
-async def test_a_reader_of_single_steps_keeps_few_chunks(completions, server: ChatKoreServer) -> None:
-    """However long the stream and however slow, what `anext` handed out is merged, not kept."""
-    gates = [asyncio.Event() for _ in range(4)]
-    steps = [step for gate in gates for step in (*[delta("a")] * BATCH, Hold(gate))]
-    server.script(events(*steps, delta(finish="stop")))
-    answer = completions.stream(**ASK)
-    for gate in gates:
-        for _ in range(BATCH):
-            await anext(answer)
-        assert len(answer._merged.pending) <= BATCH
+@pytest.mark.parametrize("way", ["async for", "anext"])
+async def test_who_waits_holds_no_chunks(completions, server: ChatKoreServer, way: str) -> None:
+    """However long the stream and however slow: what was handed out is merged before the next is waited for."""
+    gate = asyncio.Event()
+    server.script(events(*[delta("a")] * 8, Hold(gate), delta("b"), delta(finish="stop")))
+    async with completions.stream(**ASK) as answer:
+        chunks = aiter(answer) if way == "async for" else answer
+        got = [(await anext(chunks)).text for _ in range(8)]
+        waiting = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(0)
+        assert answer._merged.pending == []
         gate.set()
-    assert (await answer.get_final_completion()).text == "a" * BATCH * len(gates)
+        got.append((await waiting).text)
+    assert "".join(got) == "aaaaaaaab"
 
 
 async def test_every_common_and_rare_form_comes_through_anext(completions, server: ChatKoreServer) -> None:
