@@ -142,6 +142,7 @@ class Call(Deadline):
                         outgoing, headers, connect=settings.timeout.connect, proxy=settings.proxy, ssl=settings.ssl
                     ),
                     host_place,
+                    notes,
                 )
             except BaseException as caught:
                 pool.slots.release()
@@ -151,9 +152,6 @@ class Call(Deadline):
                 raise
             self.exchange = exchange
             notes.first_byte = pool.loop.time()
-            notes.connect = exchange.connect
-            notes.status = exchange.status
-            notes.headers = exchange.headers
             return await receive(self, exchange)
         except BaseException as error:
             if waited is None:

@@ -290,7 +290,7 @@ class Completions:
 
     async def _receive(self, call: Call, exchange: Exchange) -> ChatCompletion:
         # Not by way of a name: the body may echo the key, and tracebacks show locals.
-        if exchange.is_success:
+        if call.notes.is_success:
             limit = self._client._manager.limits.max_body_size
             return read_completion(
                 call.notes, exchange.read_nowait(limit) or await exchange.read(limit, is_whole=is_finished)
@@ -386,8 +386,8 @@ class Models:
         self._client = client
 
     async def _receive(self, call: Call, exchange: Exchange) -> list[Model]:
-        limit = self._client._manager.limits.max_body_size if exchange.is_success else MAX_BODY
-        return read_models(call.notes, await exchange.read(limit, cut=not exchange.is_success))
+        limit = self._client._manager.limits.max_body_size if call.notes.is_success else MAX_BODY
+        return read_models(call.notes, await exchange.read(limit, cut=not call.notes.is_success))
 
     async def list(
         self,

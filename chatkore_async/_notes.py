@@ -27,6 +27,11 @@ class Head(msgspec.Struct, gc=False):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.status}>"  # a header may echo the key
 
+    @property
+    def is_success(self) -> bool:
+        """Whether the status promises an answer: 200, or what a framework made of it (E14)."""
+        return 200 <= self.status < 300
+
 
 class Notes(Head, kw_only=True, gc=False):
     """What a call noted down, in loop time; `meta()` makes a `CallMeta` of it.

@@ -360,7 +360,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
     async def _receive(self, call: Call, exchange: Exchange) -> None:
         """Read one attempt's answer up to its first delta."""
         call.answered()
-        if not exchange.is_success:
+        if not call.notes.is_success:
             body = await exchange.read(MAX_BODY, cut=True)
             try:
                 raise read_error(call.notes, body) or not_the_api(call.notes, body, None)

@@ -33,6 +33,7 @@ from ._foreign import (
     was_sent,
 )
 from ._meta import PoolStats
+from ._notes import Notes
 from ._options import Outgoing
 from ._proxies import checked_proxy, environment_proxy
 from ._slots import Slots
@@ -56,32 +57,22 @@ _KEPT = 64
 
 
 class Exchange:
-    """A request that was answered: status, headers, and a body to be read and let go.
+    """A request that was answered, and whose body is to be read and let go.
 
     `content` is the body's reader; a stream awaits its `readany()` directly, without a coroutine in between.
     """
 
-    __slots__ = ("_host_place", "_pool", "_response", "connect", "content", "headers", "status")
+    __slots__ = ("_host_place", "_pool", "_response", "content")
 
-    def __init__(
-        self, response: aiohttp.ClientResponse, pool: "Pool", host_place: Slots | None, connect: float | None
-    ) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, pool: "Pool", host_place: Slots | None) -> None:
         self._response = response
         self._pool: Pool | None = pool  # until it is let go
         self._host_place = host_place
-        self.connect = connect
-        self.status = response.status
-        self.headers: Mapping[str, str] = response.headers
         self.content = response.content
         pool.responses.add(response)
 
     def __repr__(self) -> str:
-        return f"<Exchange {self.status} {'open' if self._pool else 'let go'}>"
-
-    @property
-    def is_success(self) -> bool:
-        """Whether the status promises an answer: 200, or what a framework made of it (E14)."""
-        return 200 <= self.status < 300
+        return f"<Exchange {self._response.status} {'open' if self._pool else 'let go'}>"
 
     def read_nowait(self, limit: int | None) -> bytes | None:
         """Return the whole body, and let go, where it came with the headers, as most do; else `None`: `read` it."""
@@ -300,12 +291,18 @@ class Pool:
             options["ssl"] = ssl
         return session.request(outgoing.method, url, **options)
 
-    def answered(self, response: aiohttp.ClientResponse, host_place: Slots | None) -> "Exchange":
-        """Return the answer to a request, its body unread, which takes over the places that the caller holds."""
-        took = self._opened() if self.connector is not None and self.connector.opened else None
-        if took is None:
+    def answered(self, response: aiohttp.ClientResponse, host_place: Slots | None, notes: Notes) -> Exchange:
+        """Return the answer to a request, its body unread, which takes over the places that the caller holds.
+
+        Its status and headers are noted down, and how long it took to connect.
+        """
+        notes.status = response.status
+        notes.headers = response.headers
+        if self.connector is None or not self.connector.opened or (took := self._opened()) is None:
             self.reused += 1
-        return Exchange(response, self, host_place, took)
+        else:
+            notes.connect = took
+        return Exchange(response, self, host_place)
 
     def refuse(self, caught: BaseException, url: str, connect: float | None) -> None:
         """Raise the error of our tree for what a request raised, unless that is no error of aiohttp's.

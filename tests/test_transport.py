@@ -33,6 +33,7 @@ from chatkore_async import (
     Timeout,
 )
 from chatkore_async._foreign import mapped, reason
+from chatkore_async._notes import Notes
 from chatkore_async._options import Outgoing
 from chatkore_async._proxies import checked_proxy, environment_proxy
 from chatkore_async.testing import (
@@ -514,7 +515,8 @@ async def test_the_repr_of_an_exchange_tells_whether_it_is_open(server: ChatKore
         pool = client._manager.pool()
         pool.slots.take()
         asked = Outgoing("GET", f"{client.base_url}/models", None, "")
-        exchange = pool.answered(await pool.request(asked, None, connect=1, proxy=False, ssl=None), None)
+        response = await pool.request(asked, None, connect=1, proxy=False, ssl=None)
+        exchange = pool.answered(response, None, Notes(started=0, began=0))
         assert repr(exchange) == "<Exchange 200 open>"
         exchange.abort()
         exchange.abort()
