@@ -257,18 +257,19 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             while events:
                 data = events.pop()
                 try:
-                    chunk: ChatCompletionChunk | None = decode(data)
+                    chunk = decode(data)
                 except MISFIT:
-                    chunk = None
-                if chunk is not None and chunk.choices and type(data) is bytes:
-                    chunk._raw = data
+                    pass
                 else:
-                    rare_data, data = [data], b""
-                    chunk = self._read_rarely(rare_data)
-                    if chunk is None:
+                    if chunk.choices and type(data) is bytes:
+                        chunk._raw = data
+                        pending.append(chunk)
+                        yield chunk
                         continue
-                pending.append(chunk)
-                yield chunk
+                rare_data, data = [data], b""
+                if (rare := self._read_rarely(rare_data)) is not None:
+                    pending.append(rare)
+                    yield rare
             if self._ended:
                 return
             if self._done or reader.ended or self._busy:
