@@ -89,7 +89,7 @@ _EVERY = (
         loops=LOOPS,
         rounds=4,
         turns=3,
-        points=(Point(concurrency=100, count=100, peers=100),),
+        points=(Point(concurrency=100, count=100, peers=50),),
     ),
     Row(
         name="burst",
@@ -133,7 +133,7 @@ _EVERY = (
         measure="memory",
         unit="KiB",
         rounds=3,
-        points=(Point(concurrency=2000, count=2000, peers=500, length=10),),
+        points=(Point(concurrency=2000, count=2000, peers=300, length=10),),
     ),
     Row(
         name="waiting-call",
@@ -143,7 +143,7 @@ _EVERY = (
         measure="memory",
         unit="KiB",
         rounds=3,
-        points=(Point(concurrency=2000, count=2000, peers=500),),
+        points=(Point(concurrency=2000, count=2000, peers=300),),
     ),
     Row(
         name="concurrency",

@@ -95,7 +95,6 @@ ADAPTERS = {
         imports="litellm",
         needs=("litellm",),
         distributions=("litellm",),
-        merged=1,
     ),
 }
 

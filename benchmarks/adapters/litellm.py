@@ -23,6 +23,7 @@ class Client:
     async def close(self) -> None:
         close: Any = litellm.close_litellm_async_clients  # type: ignore[attr-defined]  # made when asked for, untyped
         await close()
+        litellm.in_memory_llm_clients_cache.flush_cache()  # or the next client is given a closed one
 
     async def call(self) -> str | None:
         completion = await litellm.acompletion(**self._options)
