@@ -23,7 +23,7 @@ import msgspec
 from msgspec.structs import replace
 
 from benchmarks import answers, machine
-from benchmarks.adapters import ADAPTERS, Client, MissingLibraryError, load
+from benchmarks.adapters import ADAPTERS, STEPS, Client, MissingLibraryError, load
 from benchmarks.control import ask
 from benchmarks.figures import Figures
 from benchmarks.rows import ROWS
@@ -306,7 +306,7 @@ async def tell(adapter: str, row: str, load_: Load, turns: Iterable[object], say
 def main() -> None:
     """Parse arguments and measure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.child", description=__doc__)
-    parser.add_argument("adapter", choices=ADAPTERS)
+    parser.add_argument("adapter", choices=[*ADAPTERS, *STEPS])
     parser.add_argument("row", choices=[row.name for row in ROWS.values() if row.work in WORKS])
     parser.add_argument("port", type=int)
     parser.add_argument("count", type=int, help="operations of a turn")
@@ -324,7 +324,7 @@ def main() -> None:
         concurrency=options.concurrency or point.concurrency,
         count=options.count,
         length=options.length or point.length,
-        merged=ADAPTERS[options.adapter].merged,
+        merged=ADAPTERS[options.adapter].merged if options.adapter in ADAPTERS else 0,
         port=options.port,
     )
     turns = asked_for(iter(sys.stdin.readline, ""), say) if options.turns else [""]

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import answers, machine, report, runner
-from benchmarks.adapters import ADAPTERS, MissingLibraryError, load, missing
+from benchmarks import answers, machine, report, runner, steps
+from benchmarks.adapters import ADAPTERS, STEPS, MissingLibraryError, load, missing
 from benchmarks.arithmetic import Spread, by_turn, growth, ratios, spread
 from benchmarks.child import Load, WrongAnswerError, check_call, check_count, check_texts, together
 from benchmarks.figures import Figures, Results, Run
@@ -214,7 +214,7 @@ class Serving:
         self.server.close()
 
 
-@pytest.mark.parametrize("adapter", ["ours", "plain", "bare"])
+@pytest.mark.parametrize("adapter", ["ours", "plain", "bare", *(name for name in STEPS if "ooled" not in name)])
 @pytest.mark.parametrize("what", ["paced", "burst", "long"])
 async def test_an_adapter_hands_out_what_the_server_sent(adapter: str, what: str) -> None:
     """Whether read in a hurry or text by text, and on one connection for all that follows another."""
@@ -226,6 +226,24 @@ async def test_an_adapter_hands_out_what_the_server_sent(adapter: str, what: str
         check_texts([text async for text in client.texts()], 250)
         assert (serving.counts.connections, serving.counts.requests) == (1, 3)
         await client.close()
+
+
+async def test_a_step_that_only_calls_hands_out_what_the_server_sent() -> None:
+    """The pool alone has no streams."""
+    async with Serving() as port:
+        client = load("steps:Pooled")(f"http://127.0.0.1:{port}/call/250/v1")
+        assert await client.call() == answers.ANSWER
+        await client.close()
+
+
+def test_the_steps_lead_to_the_client() -> None:
+    """Each row of them can be measured, and ends with the whole client."""
+    for row, found in steps.STEPS.items():
+        assert row in ROWS
+        assert list(found)[-1] == "ours"
+        assert {*found} <= {*STEPS, "ours"}
+    times = {"plain": [2.0, 2.0], **{name: [1.0, 3.0] for name in steps.STEPS["call"]}}
+    assert "1.000 (0.750 to 1.250)" in steps.page(ROWS["call"], "asyncio", times)
 
 
 @pytest.mark.parametrize("adapter", ["ours", "plain", "bare"])

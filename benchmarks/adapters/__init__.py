@@ -99,11 +99,15 @@ ADAPTERS = {
 }
 
 
+STEPS = ("session", *(f"steps:{name}" for name in ("Typed", "Pooled", "Yielding", "Framed", "Merged")))
+"""What is measured by `python -m benchmarks.steps` alone."""
+
+
 class MissingLibraryError(Exception):
     """A library that is measured is not installed."""
 
     def __init__(self, adapter: str) -> None:
-        title = ADAPTERS[adapter].title
+        title = ADAPTERS[adapter].title if adapter in ADAPTERS else adapter
         super().__init__(f"{title} is not installed; the extra bench has it: pip install 'chatkore-async[bench]'")
 
 
@@ -114,9 +118,10 @@ def missing(adapter: str) -> bool:
 
 def load(adapter: str) -> type[Client]:
     """Import an adapter and with it its library; raise `MissingLibraryError` where that fails."""
+    room, _, name = adapter.partition(":")
     try:
-        module = importlib.import_module(f"benchmarks.adapters.{adapter}")
+        module = importlib.import_module(f"benchmarks.adapters.{room}")
     except ImportError as problem:
         raise MissingLibraryError(adapter) from problem
-    client: type[Client] = module.Client
+    client: type[Client] = getattr(module, name or "Client")
     return client

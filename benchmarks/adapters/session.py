@@ -1,7 +1,10 @@
 """The operations by hand, on a session that is set up as the client sets up its own: how far it could go.
 
-Not among the adapters of the table; see `python -m benchmarks.instructions session`.
+Not among the adapters of the table; see `python -m benchmarks.steps`.
 """
+
+from collections.abc import AsyncGenerator
+from typing import Any
 
 import aiohttp
 
@@ -27,9 +30,13 @@ class Client:
         response = await self._session.post(self._url, data=body, allow_redirects=False)
         return decode_completion(await response.content.read()).choices[0].message.content
 
-    async def stream(self) -> int:
+    async def opened(self) -> aiohttp.ClientResponse:
+        """Ask for a stream."""
         body = encode({"model": MODEL, "messages": MESSAGES, "stream": True})
-        response = await self._session.post(self._url, data=body, allow_redirects=False)
+        return await self._session.post(self._url, data=body, allow_redirects=False)
+
+    async def stream(self) -> int:
+        response = await self.opened()
         deltas = 0
         buffer = b""
         while segment := await response.content.readany():
@@ -38,3 +45,18 @@ class Client:
                 if event != b"data: [DONE]" and decode_chunk(event[6:]).choices:
                     deltas += 1
         return deltas
+
+    async def chunks(self) -> AsyncGenerator[Any]:
+        """The chunks of a stream, one by one."""
+        response = await self.opened()
+        buffer = b""
+        while segment := await response.content.readany():
+            *events, buffer = (buffer + segment).split(b"\n\n")
+            for event in events:
+                if event != b"data: [DONE]":
+                    yield decode_chunk(event[6:])
+
+    async def texts(self) -> AsyncGenerator[str]:
+        async for chunk in self.chunks():
+            for choice in chunk.choices:
+                yield choice.delta.content or ""
