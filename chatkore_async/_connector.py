@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 from ._cork import Cork, bare
-from ._deadlines import Deadlines
+from ._deadlines import NEVER, Deadline, Deadlines
 from ._foreign import ClientClosedError, ConnectTimeoutError
 
 NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
@@ -37,21 +37,36 @@ def open_socket(address: Any) -> socket.socket:
     return opened
 
 
-class _Opening:
-    """A connection that is being opened, in the task of the request it is for.
+class _Opening(Deadline):
+    """A connection that is being opened, in the task of the request it is for, and its deadline.
 
     It is given up by cancelling that task, and the cancellation is taken back when it was the only one, as
     `asyncio.timeout` does: a caller who cancels in the same moment is heard.
     """
 
-    __slots__ = ("began", "cancelling", "error", "loop", "task")
+    __slots__ = ("_limit", "_loop", "_turns", "began", "cancelling", "error", "over", "task")
 
-    def __init__(self, task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> None:
-        self.task = task
-        self.loop = loop
+    def __init__(self, task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, limit: float | None) -> None:
         self.began = loop.time()
+        self.when = NEVER if limit is None else self.began + limit
+        self.task = task
         self.cancelling = task.cancelling()
         self.error: Exception | None = None
+        self.over = False
+        self._loop = loop
+        self._limit = limit
+        self._turns = _GRACE_TURNS
+
+    def expire(self) -> None:
+        # A loop that is busy with thousands of handshakes is late, the network is not. So time alone does not decide:
+        # a connection that needs only a few more turns of the loop is given them.
+        if self.over:
+            return
+        if self._turns:
+            self._turns -= 1
+            self._loop.call_soon(self.expire)
+        else:
+            self.give_up(ConnectTimeoutError(f"no connection after {self._limit:g} s"))
 
     def give_up(self, error: Exception) -> None:
         """Cancel the task, unless it is so already."""
@@ -97,24 +112,12 @@ class Connector(aiohttp.TCPConnector):
             opening.give_up(ClientClosedError("the client was closed"))
 
     async def _create_connection(self, req: Any, traces: Any, timeout: aiohttp.ClientTimeout) -> Any:
-        task = asyncio.current_task()
+        task, deadlines = asyncio.current_task(), self._deadlines()
         assert task is not None
-        opening = _Opening(task, asyncio.get_running_loop())
-        limit, deadlines = timeout.sock_connect, self._deadlines()
-        deadline = None
-
-        def expire(turns: int = _GRACE_TURNS) -> None:
-            # A loop that is busy with thousands of handshakes is late, the network is not. So time alone does not
-            # decide: a connection that needs only a few more turns of the loop is given them.
-            if self.opening.get(task) is not opening:
-                return
-            if turns:
-                opening.loop.call_soon(expire, turns - 1)
-            else:
-                opening.give_up(ConnectTimeoutError(f"no connection after {limit:g} s"))
-
-        if limit is not None and deadlines is not None:
-            deadline = deadlines.set(opening.began + limit, expire)
+        assert deadlines is not None, "whoever asks for a connection holds the pool"
+        loop = asyncio.get_running_loop()
+        opening = _Opening(task, loop, timeout.sock_connect)
+        deadlines.watch(opening)
         self.opening[task] = opening
         try:
             protocol = await super()._create_connection(req, traces, NO_TIMEOUT)
@@ -127,10 +130,10 @@ class Connector(aiohttp.TCPConnector):
             raise
         finally:
             del self.opening[task]
-            if deadline is not None and deadlines is not None:
-                deadlines.cancel(deadline)
+            opening.over = True
+            deadlines.cancel(opening)
         self.created += 1
-        self.opened[task] = opening.loop.time() - opening.began
+        self.opened[task] = loop.time() - opening.began
         self._protocols.add(weakref.ref(protocol, self._forget))
         if self._cork is not None:
             self._cork.put_on(protocol)

@@ -90,13 +90,11 @@ def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
 
 
 def _checked(head: Head, body: bytes, completion: ChatCompletion, whole: object) -> ChatCompletion | APIError:
-    if whole is not None or not completion.choices:
-        if error := read_error(head, body, whole):
-            error.partial = completion if completion.text else None
-            return error
-        if not completion.choices:
-            return not_the_api(head, body, None)
-    return completion
+    """Look for what an odd completion may hide: one that was read tolerantly, or has no choices."""
+    if error := read_error(head, body, whole):
+        error.partial = completion if completion.text else None
+        return error
+    return completion if completion.choices else not_the_api(head, body, None)
 
 
 def is_finished(body: bytes) -> bool:

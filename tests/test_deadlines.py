@@ -199,6 +199,22 @@ def test_one_that_passes_may_set_and_cancel_others(loop: Loop, deadlines: Deadli
     assert len(deadlines) == 0
 
 
+def test_one_that_passes_may_cancel_another_of_the_same_moment(
+    loop: Loop, deadlines: Deadlines, passed: list[object]
+) -> None:
+    """What is cancelled does not pass, even if it was due already."""
+    deadlines.set(1, lambda: deadlines.cancel(other))
+    other = deadlines.set(1, noting(passed, "other"))
+    loop.go_to(2)
+    assert (passed, len(deadlines)) == ([], 0)
+
+
+def test_a_deadline_says_itself_what_happens_then() -> None:
+    """The base class knows of nothing that could."""
+    with pytest.raises(NotImplementedError):
+        Deadline(1).expire()
+
+
 def test_one_that_raises_does_not_stop_the_others(loop: Loop, deadlines: Deadlines, passed: list[object]) -> None:
     """It must not; if it does, the loop is told, and the deadlines of other calls pass all the same."""
 
