@@ -93,7 +93,10 @@ class _CorkedTransport(asyncio.Transport):
         """Write what is held. To a connection that was lost meanwhile nothing is: its protocol was told."""
         held, self._held = self._held, b""
         if held and not self.bare.is_closing():
-            self.bare.write(held)
+            try:
+                self.bare.write(held)
+            except (OSError, RuntimeError):  # aiohttp cannot be told any more that it failed, but that it is over
+                self.bare.abort()
 
     def close(self) -> None:
         self.flush()

@@ -531,6 +531,23 @@ def test_results_are_read_as_they_were_written() -> None:
     assert msgspec.json.decode(msgspec.json.encode(found), type=Results) == found
 
 
+def cells(page: str) -> list[list[str]]:
+    """The lines of the tables of a page, cell by cell."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+
+
+def test_the_readme_tells_what_was_measured() -> None:
+    """Each figure in it stands in the table that the benchmarks wrote, in the same row and under the same head."""
+    root = Path(__file__).parent.parent
+    heads, _, *measured = cells((root / "benchmarks/results/table.md").read_text("utf-8"))
+    readme = (root / "README.md").read_text("utf-8")
+    told_heads, _, *told_rows = cells(readme.split("<!-- costs: begin -->")[1].split("<!-- costs: end -->")[0])
+    assert len(told_rows) > 5
+    found = {(row[0], row[1]): dict(zip(heads, row, strict=False)) for row in measured[::-1]}
+    for row in told_rows:
+        assert row == [found[row[0], row[1]][head] for head in told_heads]
+
+
 def test_peers_get_less_to_do_and_a_smoke_run_gets_little() -> None:
     """A library that needs minutes for what others do in seconds has a load of its own, or none."""
     call, far = ROWS["call"].points[0], ROWS["concurrency"].points[-1]

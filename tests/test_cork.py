@@ -180,6 +180,23 @@ def test_a_connection_that_is_lost_takes_no_other_with_it(
     assert done == [("other", b"b")]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("the handler is closed"), OSError("gone")])
+def test_a_connection_that_cannot_be_written_to_is_given_up(
+    loop: Loop, done: list[tuple[str, object]], corked: Callable[[str], Any], error: Exception
+) -> None:
+    """Whoever waits for its answer is told that it is lost, and the others get theirs."""
+
+    def fail(_: object) -> None:
+        raise error
+
+    broken, other = corked("broken"), corked("other")
+    broken.bare.write = fail
+    broken.write(b"a")
+    other.write(b"b")
+    loop.end_turn()
+    assert done == [("broken", "aborted"), ("other", b"b")]
+
+
 def test_all_else_is_the_transports_own(corked: Callable[[str], Any]) -> None:
     """Who looks at the connection sees the one below."""
     wire, protocol = corked("wire"), asyncio.Protocol()
