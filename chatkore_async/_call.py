@@ -148,7 +148,7 @@ class Call(Deadline):
                 pool.slots.release()
                 if host_place is not None:
                     host_place.release()
-                pool.refuse(caught, outgoing.url, settings.timeout.connect)
+                pool.raise_ours(caught, outgoing.url, settings.timeout.connect)
                 raise
             self.exchange = exchange
             notes.first_byte = pool.loop.time()

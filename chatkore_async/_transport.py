@@ -259,7 +259,7 @@ class Pool:
         proxy: str | Literal[False] | None,
         ssl: _ssl.SSLContext | None,
     ) -> Awaitable[aiohttp.ClientResponse]:
-        """Return a request to be awaited: what comes of it is for `answered`, what it raises for `refuse`.
+        """Return a request to be awaited: what comes of it is for `answered`, what it raises for `raise_ours`.
 
         Not a coroutine of its own: thousands may wait here. The caller holds a place in `slots`.
         """
@@ -304,7 +304,7 @@ class Pool:
             notes.connect = took
         return Exchange(response, self, host_place)
 
-    def refuse(self, caught: BaseException, url: str, connect: float | None) -> None:
+    def raise_ours(self, caught: BaseException, url: str, connect: float | None) -> None:
         """Raise the error of our tree for what a request raised, unless that is no error of aiohttp's.
 
         Raises:
