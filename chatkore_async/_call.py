@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from . import _hooks
 from ._config import Secret, checked_key, conceal, fingerprint, merge_headers
@@ -18,19 +18,23 @@ from ._headers import plain_headers
 from ._hooks import Outcome, logger
 from ._limiter import Demand, Limiter, Report
 from ._meta import Attempt
-from ._notes import Notes
-from ._options import Outgoing, Settings
+from ._notes import Head, Notes
+from ._options import Outgoing
 from ._responses import Usage
-from ._retry import Bucket, Retries, retry
-from ._transport import Exchange, Pool
-from ._words import masked
+from ._retry import Retries, retry
+from ._slots import Slots
+from ._transport import Exchange, Pool, Route
+from ._words import MAX_BODY, masked
 from .errors import APIError, APIStatusError, APITimeoutError, ConfigurationError, Phase, StreamStalledError
 
 T = TypeVar("T")
 E = TypeVar("E", bound=APIError)
 
-Receive: TypeAlias = Callable[["Call", Exchange], Awaitable[T]]
-"""Reads an answer: what it returns is the call's result, what it raises its failure."""
+Read: TypeAlias = Callable[[Head, bytes], T]
+"""Reads a whole answer: what it returns is the call's result, what it raises its failure."""
+
+Receive: TypeAlias = Callable[["Call", Exchange], Awaitable[None]]
+"""Opens a stream: waits for as much of the answer as makes it one, or raises why it is none."""
 
 _NO_PERMIT = object()  # a limiter's own permit may be anything, `None` too
 
@@ -46,132 +50,177 @@ _WAITING_FOR: dict[Phase, str] = {
 
 
 class Call(Deadline):
-    """One call, which begins when it is made, by the task that asks: `run` makes its attempts, `end` closes its books.
+    """One call, which begins when it is made, by the task that asks.
+
+    `ask` makes its attempts for a whole answer, or `open` for a stream, and `end` closes its books.
 
     Args:
-        settings: of the client, with the call's own options over them.
+        route: the way of the client's calls on the running loop, with this call's own options.
         outgoing: the encoded request.
-        pool: the running loop's.
-        bucket: the client's retry budget.
 
     Attributes:
         waiting_since: when the reader of a stream began to wait for its next event; `NEVER` while it does not.
         id: what hooks know it by; empty where there are none.
     """
 
-    __slots__ = (
-        "_bucket",
-        "_cancelled_it",
-        "_cancelling",
-        "_expired",
-        "_first_token_at",
-        "_permit",
-        "_phase",
-        "_task",
-        "_total_at",
-        "exchange",
-        "id",
-        "notes",
-        "outgoing",
-        "pool",
-        "settings",
-        "waiting_since",
-    )
+    # Has no slots: what most calls never write down has its default here, and costs them nothing.
+    id = ""
+    exchange: Exchange | None = None
+    _permit: object = _NO_PERMIT
+    _phase: Phase = "answer"
+    _expired: Phase | None = None
+    _cancelled_it = False
 
-    def __init__(self, settings: Settings, outgoing: Outgoing, pool: Pool, bucket: Bucket) -> None:
-        loop = pool.loop
-        now = loop.time()
-        self.settings = settings
+    def __init__(self, route: Route, outgoing: Outgoing) -> None:
+        now = route.now()
+        self.route = route
         self.outgoing = outgoing
-        self.pool = pool
-        self.notes = Notes(started=now, began=now)
-        self.id = ""
-        self.exchange: Exchange | None = None
-        self._bucket = bucket
-        self._permit: object = _NO_PERMIT
-        self._phase: Phase = "answer"
-        self._expired: Phase | None = None
-        self._cancelled_it = False
-        task = self._task = asyncio.current_task(loop)  # to find the loop is a system call on 3.11
+        self.notes = Notes(secret=route.secret, started=now, began=now)
+        task = self._task = asyncio.current_task(route.loop)  # to find the loop is a system call on 3.11
         self._cancelling = 0 if task is None else task.cancelling()
         if outgoing.stream:
             self._first_token_at = self.waiting_since = NEVER
-        total = settings.timeout.total_for(stream=outgoing.stream)
-        if total is None or (settings.limiter is not None and self._counts_from_admission):
-            self.when = self._total_at = NEVER
+            self.when = self._total_at = now + route.total_of_streams
         else:
-            self.when = self._total_at = now + total
-            pool.deadlines.watch(self)
-        if settings.hooks:
+            self.when = self._total_at = now + route.total
+        route.deadlines.watch(self)
+        if route.hooks:
             self._announce()
 
     def __repr__(self) -> str:
         return f"<Call {self.outgoing.method} {self.outgoing.url} {self._phase}>"
 
-    async def run(self, receive: Receive[T], waited: float | None = None) -> T:
-        """Make attempts until one succeeds or none is left, and return what `receive` made of its answer.
+    @property
+    def pool(self) -> Pool:
+        """The running loop's."""
+        return self.route.pool
 
-        When this returns, the call is not over: a stream goes on under its deadline. Whoever called calls `end`.
+    async def ask(
+        self, read: Read[T], is_whole: Callable[[bytes], bool] | None = None, waited: float | None = None
+    ) -> T:
+        """Make attempts until one succeeds or none is left, and return what `read` made of the whole answer.
+
+        When this returns, the books are still open. Whoever called calls `end`.
 
         The first attempt has no coroutine of its own, since thousands may wait here. Those after it are made by this
         one again, told how long they `waited`, and only fail.
 
+        Args:
+            read: makes a result of an answer.
+            is_whole: tells of an answer that broke off whether it is one nevertheless, which was paid for.
+            waited: for this attempt, in seconds; `None` for the first one.
+
         Raises:
             APIError: the last attempt's, with the call's metadata.
         """
-        pool, notes, settings, outgoing = self.pool, self.notes, self.settings, self.outgoing
+        route, outgoing, notes = self.route, self.outgoing, self.notes
+        pool = route.pool
+        if waited is not None:
+            self._begin_again(waited)
+        headers, host_place = outgoing.headers, None
+        try:
+            if route.is_plain and pool.slots.take():
+                notes.sent = notes.began
+            else:
+                headers, host_place = await self._admission()
+            try:
+                # The response has no name here: its headers may echo the key, and tracebacks show locals.
+                answer = pool.answered(await route.request(outgoing, headers), host_place, notes, whole=True)
+            except BaseException as caught:
+                self._unanswered(caught, host_place)
+                raise
+            notes.first_byte = route.now()
+            return read(notes, answer if isinstance(answer, bytes) else await self._rest(answer, is_whole))
+        except BaseException as error:
+            answer = b""  # it may echo the key as well
+            if waited is not None:
+                self._fail_attempt(error)
+                raise
+
+            def attempt(waited: float) -> Awaitable[T]:
+                return self.ask(read, is_whole, waited)
+
+            return await self._recover(error, attempt)
+
+    async def open(self, receive: Receive, waited: float | None = None) -> None:
+        """Make attempts until `receive` opened a stream, or none is left.
+
+        The call is not over then: the stream goes on under its deadline. Who leaves it, or comes to its end, calls
+        `end`.
+
+        Raises:
+            APIError: the last attempt's, with the call's metadata.
+        """
+        pool = self.pool
         if waited is not None:
             self._begin_again(waited)
         try:
-            headers, secret = outgoing.headers, settings.endpoint.key
-            if settings.hooks or settings.endpoint.headers is not pool.headers or not isinstance(secret, Secret):
-                headers, secret = await self._headers()
-            notes.secret = secret
-            if settings.limiter is not None:
-                await self._ask(settings.limiter)
-            host_place = None
-            if pool.limits_hosts or not pool.slots.take():
-                host_place = await self._take_place()
-            now = notes.sent = pool.loop.time()
-            if outgoing.stream:
-                self._watch_stream(now)
+            headers, host_place = await self._admission()
+            self._watch_stream()
             try:
-                # The response has no name here: its headers may echo the key, and tracebacks show locals.
-                exchange = pool.answered(
-                    await pool.request(
-                        outgoing, headers, connect=settings.timeout.connect, proxy=settings.proxy, ssl=settings.ssl
-                    ),
-                    host_place,
-                    notes,
-                )
+                exchange = pool.answered(await self.route.request(self.outgoing, headers), host_place, self.notes)
             except BaseException as caught:
-                pool.slots.release()
-                if host_place is not None:
-                    host_place.release()
-                pool.raise_ours(caught, outgoing.url, settings.timeout.connect)
+                self._unanswered(caught, host_place)
                 raise
+            self.notes.first_byte = self.route.now()
             self.exchange = exchange
-            notes.first_byte = pool.loop.time()
-            return await receive(self, exchange)
+            self._phase = "first_token"
+            await receive(self, exchange)
         except BaseException as error:
-            if waited is None:
-                return await self._recover(error, receive)
-            self._fail_attempt(error)
-            raise
+            if waited is not None:
+                self._fail_attempt(error)
+                raise
+
+            def attempt(waited: float) -> Awaitable[None]:
+                return self.open(receive, waited)
+
+            await self._recover(error, attempt)
+
+    async def _admission(self) -> tuple[Mapping[str, str] | None, Slots | None]:
+        """Do all that an attempt needs before it is sent: its headers, the limiter's leave, a place.
+
+        Returns:
+            The headers beyond the session's, and the place of the host, where hosts are limited.
+        """
+        headers = await self._headers()
+        limiter = self.route.settings.limiter
+        if limiter is not None:
+            await self._ask_leave(limiter)
+        host_place = await self._take_place()
+        self.notes.sent = self.route.now()
+        return headers, host_place
+
+    def _unanswered(self, caught: BaseException, host_place: Slots | None) -> None:
+        """Give back the places of a request that was not answered, and raise our error for what it raised."""
+        pool = self.pool
+        pool.slots.release()
+        if host_place is not None:
+            host_place.release()
+        try:
+            pool.raise_ours(caught, self.outgoing.url, self.route.settings.timeout.connect)
+        finally:
+            del caught  # or its traceback, which has this frame, would hold itself
+
+    async def _rest(self, exchange: Exchange, is_whole: Callable[[bytes], bool] | None) -> bytes:
+        """Read an answer that is not there yet, or is long."""
+        self.exchange = exchange
+        if self.notes.is_success:
+            return await exchange.read(self.pool.longest_body, is_whole=is_whole)
+        return await exchange.read(MAX_BODY, cut=True)
 
     def _begin_again(self, waited: float) -> None:
-        self.notes.begin_attempt(self.pool.loop.time(), waited)
+        self.notes.begin_attempt(self.route.now(), waited)
         self._expired = None
         self._phase = "answer"
 
-    async def _recover(self, error: BaseException, receive: Receive[T]) -> T:
+    async def _recover(self, error: BaseException, attempt: Callable[[float], Awaitable[T]]) -> T:
         """The first attempt failed: make others, or close the books and raise."""
         try:
             try:
                 self._fail_attempt(error)
                 raise error
             except APIError as failure:
-                return await self._retry(failure, receive)
+                return await self._retry(failure, attempt)
         except APIError as failure:
             self._ended_by(failure)
             raise
@@ -188,20 +237,17 @@ class Call(Deadline):
         finally:
             del error  # or its traceback, which has this frame, would hold itself
 
-    async def _retry(self, error: APIError, receive: Receive[T]) -> T:
-        retries = Retries(self.settings.policy, self._bucket)
+    async def _retry(self, error: APIError, attempt: Callable[[float], Awaitable[T]]) -> T:
+        retries = Retries(self.route.settings.policy, self.route.bucket)
 
         def again(failure: APIError) -> float | None:
-            if not retries.again(failure, self._total_at - self.pool.loop.time()):
+            if not retries.again(failure, self._total_at - self.route.now()):
                 return None
             self._note_retry(failure, retries)
             return retries.delay
 
-        def attempt() -> Awaitable[T]:
-            return self.run(receive, retries.delay)
-
         try:
-            return await retry(error, attempt, again=again, sleep=asyncio.sleep)
+            return await retry(error, lambda: attempt(retries.delay), again=again, sleep=asyncio.sleep)
         finally:
             del error  # or its traceback, which has this frame, would hold itself
 
@@ -220,53 +266,45 @@ class Call(Deadline):
         elif isinstance(error, asyncio.CancelledError) and self._was_ours():
             raise self._noted(self.timeout_error()) from error
 
-    async def _headers(self) -> tuple[Mapping[str, str] | None, Secret]:
-        """Return the headers of this attempt beyond the session's, and the key among them."""
-        endpoint, extra = self.settings.endpoint, self.outgoing.headers
-        headers: dict[str, str] | None = None
-        if endpoint.headers is not self.pool.headers:
-            headers = dict(endpoint.headers)
-        if isinstance(endpoint.key, Secret):
-            secret = endpoint.key
-        else:
-            secret = await _ask_for_key(endpoint.key)
+    async def _headers(self) -> Mapping[str, str] | None:
+        """Return the headers of this attempt beyond the session's, and note down the key among them."""
+        settings, extra = self.route.settings, self.outgoing.headers
+        endpoint, headers = settings.endpoint, self.route.headers
+        if not isinstance(endpoint.key, Secret):
+            secret = self.notes.secret = await _ask_for_key(endpoint.key)
             if not any(name.lower() == "authorization" for name in endpoint.headers_of_caller):
                 headers = {**(headers or {}), "Authorization": Secret(f"Bearer {secret}")}
         if extra:
-            headers = {**(headers or {}), **extra}
-        if self.settings.hooks:
+            headers = {**headers, **extra} if headers else extra
+        if settings.hooks:
             started = _hooks.AttemptStart(call_id=self.id, number=len(self.notes.attempts) + 1)
-            if added := _hooks.notify(self.settings.hooks, "on_attempt", started):
+            if added := _hooks.notify(settings.hooks, "on_attempt", started):
                 try:
                     headers = merge_headers(headers or {}, added)
                 except ConfigurationError as error:
                     logger.warning("a hook's headers are not sent: %s", error)
-        return headers, secret
+        return headers
 
-    async def _ask(self, limiter: Limiter) -> None:
+    async def _ask_leave(self, limiter: Limiter) -> None:
         self._phase = "queue"
+        settings, outgoing = self.route.settings, self.outgoing
         self._permit = await limiter.acquire(
             Demand(
-                endpoint=self.settings.endpoint.base_url,
-                model=self.outgoing.model,
-                size=len(self.outgoing.body or b""),
+                endpoint=settings.endpoint.base_url,
+                model=outgoing.model,
+                size=len(outgoing.body or b""),
                 attempt=len(self.notes.attempts) + 1,
                 key=fingerprint(self.notes.secret),
-                body=self.outgoing.body or b"",
+                body=outgoing.body or b"",
             )
         )
         self._phase = "answer"
-        if self._counts_from_admission and self._total_at == NEVER:
-            total = self.settings.timeout.total_for(stream=False)
-            self._total_at = self.pool.loop.time() + (NEVER if total is None else total)
+        if self._total_at == NEVER and settings.counts_from_admission(stream=outgoing.stream):
+            total = settings.timeout.total_for(stream=False)
+            self._total_at = self.route.now() + (NEVER if total is None else total)
             self._look_at(self._total_at)
 
-    @property
-    def _counts_from_admission(self) -> bool:
-        """A default that nobody chose does not count the time in a queue that somebody did choose."""
-        return self.settings.timeout.leaves_total_alone and not self.outgoing.stream
-
-    async def _take_place(self) -> Any:
+    async def _take_place(self) -> Slots | None:
         """Wait for a place, the host's first, and return the host's, where hosts are limited."""
         pool = self.pool
         host_place = pool.host_slots(self.outgoing.url)
@@ -286,15 +324,11 @@ class Call(Deadline):
 
     # Deadlines. The call is one of the loop's; what it stands for is decided when it comes up.
 
-    def _watch_stream(self, now: float) -> None:
-        timeout = self.settings.timeout
+    def _watch_stream(self) -> None:
+        timeout, now = self.route.settings.timeout, self.route.now()
         self._first_token_at = NEVER if timeout.first_token is None else now + timeout.first_token
         self.waiting_since = now
         self._look_at(self._next_deadline(now))
-
-    def answered(self) -> None:
-        """The status line of a stream came; now its first delta is waited for."""
-        self._phase = "first_token"
 
     def first_delta(self, now: float) -> None:
         """The first delta of a stream came, so nothing is asked again, and who asked may be a task that ends."""
@@ -304,8 +338,8 @@ class Call(Deadline):
         self._first_token_at = NEVER
         sent = self.notes.sent
         self.notes.first_token = now
-        if self.settings.hooks and sent is not None:
-            _hooks.notify(self.settings.hooks, "on_first_token", _hooks.FirstToken(call_id=self.id, elapsed=now - sent))
+        if self.route.hooks and sent is not None:
+            _hooks.notify(self.route.hooks, "on_first_token", _hooks.FirstToken(call_id=self.id, elapsed=now - sent))
 
     def _next_deadline(self, now: float) -> float:
         """The earliest moment at which one of the deadlines can pass.
@@ -314,18 +348,18 @@ class Call(Deadline):
         """
         if not self.outgoing.stream:
             return self._total_at
-        idle = self.settings.timeout.idle
+        idle = self.route.settings.timeout.idle
         idle_at = NEVER if idle is None else min(now, self.waiting_since) + idle
         return min(self._total_at, self._first_token_at, idle_at)
 
     def _look_at(self, when: float) -> None:
         self.when = when
         if self.notes.ended is None:  # it may have been left meanwhile
-            self.pool.deadlines.watch(self)
+            self.route.deadlines.watch(self)
 
     def expire(self) -> float | None:
         """A deadline may have passed. Runs in the loop's timer; answers when to look again."""
-        now = self.pool.loop.time()
+        now = self.route.now()
         coming = self._next_deadline(now)
         if coming > now:
             return coming
@@ -359,7 +393,7 @@ class Call(Deadline):
 
     def timeout_error(self) -> APITimeoutError:
         """Return the error for the deadline that passed."""
-        timeout, phase = self.settings.timeout, self._phase
+        timeout, phase = self.route.settings.timeout, self._phase
         if self._expired == "idle" and self.exchange is not None:
             return StreamStalledError(
                 f"nothing but silence or pings for {timeout.idle:g} s", phase="idle", retryable="unconfirmed"
@@ -381,7 +415,7 @@ class Call(Deadline):
         start = _hooks.CallStart(
             call_id=self.id, model=self.outgoing.model, stream=self.outgoing.stream, url=self.outgoing.url
         )
-        _hooks.notify(self.settings.hooks, "on_call_start", start)
+        _hooks.notify(self.route.hooks, "on_call_start", start)
 
     # An error that is made and raised in one frame must not be a local of it: its traceback has the frame, and both
     # would wait for the garbage collector. So what notes an error down returns it.
@@ -399,7 +433,7 @@ class Call(Deadline):
             self.exchange.abort()
             self.exchange = None
         self._first_token_at = self.waiting_since = NEVER  # no server is waited for during a back-off
-        attempt = notes.end_attempt(self.pool.loop.time(), type(error).__name__, error._reported_id)
+        attempt = notes.end_attempt(self.route.now(), type(error).__name__, error._reported_id)
         notes.attempts.append(attempt)
         notes.failed = True
         if logger.isEnabledFor(logging.DEBUG):
@@ -416,16 +450,16 @@ class Call(Deadline):
         logger.info(
             "attempt %d failed (%s), the next follows in %.2f s", retries.count, error._headline(), retries.delay
         )
-        if self.settings.hooks:
+        if self.route.hooks:
             error._meta = self.notes.meta()
             event = _hooks.Retry(call_id=self.id, number=retries.count, error=error, delay=retries.delay)
-            _hooks.notify(self.settings.hooks, "on_retry", event)
+            _hooks.notify(self.route.hooks, "on_retry", event)
 
     def _release_permit(self, usage: Usage | None, error: APIError | None) -> None:
         permit, self._permit = self._permit, _NO_PERMIT
-        if permit is not _NO_PERMIT and self.settings.limiter is not None:
+        if permit is not _NO_PERMIT and self.route.settings.limiter is not None:
             notes = self.notes
-            self.settings.limiter.release(
+            self.route.settings.limiter.release(
                 permit,
                 Report(
                     # An error inside a 200 has the status that its code stands for.
@@ -452,24 +486,24 @@ class Call(Deadline):
 
     def end(self, outcome: Outcome, error: BaseException | None = None, usage: Usage | None = None) -> None:
         """Close the books: the call is over. Doing so twice is fine."""
-        notes = self.notes
+        notes, route = self.notes, self.route
         if notes.ended is not None:
             return
-        notes.ended = self.pool.loop.time()
-        self.pool.deadlines.cancel(self)
+        notes.ended = route.now()
+        route.deadlines.cancel(self)
         if self.exchange is not None:
             self.exchange.abort()
             self.exchange = None
         if self._permit is not _NO_PERMIT:
             self._release_permit(usage, None)
-        if outcome == "ok":
-            self._bucket.refund()
+        if route.bucket.spent and outcome == "ok":
+            route.bucket.refund()
         if not notes.failed and logger.isEnabledFor(logging.DEBUG):
             self._log(None, outcome)
-        if self.settings.hooks:
+        if route.hooks:
             raised = error if isinstance(error, Exception) else None
             event = _hooks.CallEnd(call_id=self.id, outcome=outcome, error=raised, meta=notes.meta())
-            _hooks.notify(self.settings.hooks, "on_call_end", event)
+            _hooks.notify(route.hooks, "on_call_end", event)
 
 
 async def _ask_for_key(source: Callable[[], str | Awaitable[str]]) -> Secret:

@@ -6,6 +6,7 @@ Most of this file is the signatures and the documentation of what users call.
 import inspect
 import os
 import ssl as _ssl
+from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, Unpack, cast, overload
@@ -13,8 +14,8 @@ from typing import Any, Literal, NoReturn, Self, Unpack, cast, overload
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from . import _codec
 from ._call import Call
+from ._codec import REQUEST_FIELDS, encode_request
 from ._config import (
     KeySource,
     Limits,
@@ -29,6 +30,7 @@ from ._config import (
 from ._fanout import MapResults, OnError
 from ._hooks import Hook, logger
 from ._limiter import Limiter
+from ._manager import SessionManager
 from ._meta import PoolStats
 from ._options import OPTION_NAMES, CallOptions, CallParams, Outgoing, Settings, with_max_retries
 from ._protocol import is_finished, read_completion, read_models
@@ -37,12 +39,11 @@ from ._requests import ChatCompletionRequest
 from ._responses import ChatCompletion, Model
 from ._retry import Bucket
 from ._stream import ChatStream
-from ._transport import Exchange, Session, SessionManager, checked_proxy
-from ._words import MAX_BODY
+from ._transport import Route, Session, checked_proxy
 from ._workers import Ask, Requests
 from .errors import ConfigurationError, InvalidRequestError
 
-_NO_OPTIONS: dict[str, Any] = {}
+_PATH = "/chat/completions"
 _STREAM_HEADERS = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
 
 
@@ -116,6 +117,7 @@ class AsyncChatKore:
         self._manager = manager
         self._bucket = bucket
         self._owner = owner
+        self._routes: dict[AbstractEventLoop, Route] = {}
         self.chat = Chat(self)
         self.models = Models(self)
 
@@ -226,8 +228,20 @@ class AsyncChatKore:
         copy._set_up(new, self._manager, bucket, owner=False)
         return copy
 
-    def _call(self, settings: Settings, outgoing: Outgoing) -> Call:
-        return Call(settings, outgoing, self._manager.pool(), self._bucket)
+    def _route(self, settings: Settings) -> Route:
+        """Return the way of a call on the running loop; its settings are the client's, or have options of the call."""
+        route = self._routes.get(get_running_loop())
+        if route is None or not route.pool.is_open:
+            route = self._open_route()
+        return route if settings is route.settings else route.with_settings(settings)
+
+    def _open_route(self) -> Route:
+        pool = self._manager.pool()
+        route = pool.route(self._settings, self._bucket)
+        # A new dictionary, since other threads may look into the old one; without what is over.
+        there = {loop: known for loop, known in self._routes.items() if known.pool.is_open and not loop.is_closed()}
+        self._routes = {**there, pool.loop: route}
+        return route
 
 
 class Chat:
@@ -242,6 +256,7 @@ class Completions:
 
     def __init__(self, client: AsyncChatKore) -> None:
         self._client = client
+        self._url = client._settings.endpoint.url(_PATH)
 
     @overload
     async def create(
@@ -282,20 +297,11 @@ class Completions:
             return opened
         settings, outgoing, _ = self._prepare(request, params, stream=False)
         del request, params  # what is sent is encoded, and thousands may wait here
-        call = self._client._call(settings, outgoing)
-        completion = await call.run(self._receive)
+        call = Call(self._client._route(settings), outgoing)
+        completion = await call.ask(read_completion, is_finished)
         call.end("ok", usage=completion.usage)
         completion._meta = call.notes
         return completion
-
-    async def _receive(self, call: Call, exchange: Exchange) -> ChatCompletion:
-        # Not by way of a name: the body may echo the key, and tracebacks show locals.
-        if call.notes.is_success:
-            limit = self._client._manager.limits.max_body_size
-            return read_completion(
-                call.notes, exchange.read_nowait(limit) or await exchange.read(limit, is_whole=is_finished)
-            )
-        return read_completion(call.notes, await exchange.read(MAX_BODY, cut=True))
 
     @overload
     def stream(self, request: ChatCompletionRequest, /, **options: Unpack[CallOptions]) -> ChatStream: ...
@@ -348,7 +354,7 @@ class Completions:
         settings, outgoing, added_usage = self._prepare(request, params, stream=True)
         client = self._client
         return ChatStream(
-            lambda: client._call(settings, outgoing),
+            lambda: Call(client._route(settings), outgoing),
             hide_usage=added_usage,
             limits=client._manager.limits,
         )
@@ -357,25 +363,25 @@ class Completions:
         self, request: ChatCompletionRequest | None, params: dict[str, Any], *, stream: bool
     ) -> tuple[Settings, Outgoing, bool]:
         """Return the call's settings, its encoded request, and whether we asked for usage in the caller's place."""
-        settings, options, fields = self._client._settings, _NO_OPTIONS, params
-        if request is not None or not _codec.REQUEST_FIELDS.issuperset(params):
-            options = {name: params.pop(name) for name in OPTION_NAMES & params.keys()}
-            fields = _fields(request, params)
-        extra_body: Any = options.get("extra_body")
-        adds_usage = (
-            stream
-            and fields.get("stream_options", UNSET) is UNSET
-            and "stream_options" not in params
-            and not (isinstance(options.get("extra_body"), Mapping) and "stream_options" in extra_body)
-        )
-        if adds_usage:
-            fields["stream_options"] = {"include_usage": True}
-        body = _codec.encode_request(fields, stream=stream, extra_body=extra_body)
-        url = settings.endpoint.url("/chat/completions", options.get("extra_query"))
+        settings, url, fields = self._client._settings, self._url, params
         headers: Mapping[str, str] | None = _STREAM_HEADERS if stream else None
-        if options:
-            headers = _extra_headers(options.get("extra_headers"), headers)
+        extra_body: Any = None
+        if request is not None or not REQUEST_FIELDS.issuperset(params):
+            options: Any = {name: params.pop(name) for name in OPTION_NAMES & params.keys()}
+            fields = _fields(request, params)
             settings = settings.with_call_options(options)
+            headers = _extra_headers(options.get("extra_headers"), headers)
+            extra_body = options.get("extra_body")
+            if query := options.get("extra_query"):
+                url = settings.endpoint.url(_PATH, query)
+        adds_usage = False
+        if stream:
+            adds_usage = fields.get("stream_options", UNSET) is UNSET and not (
+                "stream_options" in params or _holds("stream_options", extra_body)
+            )
+            if adds_usage:
+                fields["stream_options"] = {"include_usage": True}
+        body = encode_request(fields, stream=stream, extra_body=extra_body)
         return settings, Outgoing("POST", url, body, fields["model"], headers, stream), adds_usage
 
 
@@ -384,10 +390,6 @@ class Models:
 
     def __init__(self, client: AsyncChatKore) -> None:
         self._client = client
-
-    async def _receive(self, call: Call, exchange: Exchange) -> list[Model]:
-        limit = self._client._manager.limits.max_body_size if call.notes.is_success else MAX_BODY
-        return read_models(call.notes, await exchange.read(limit, cut=not call.notes.is_success))
 
     async def list(
         self,
@@ -406,11 +408,16 @@ class Models:
         client = self._client
         settings = client._settings.with_call_options({k: v for k, v in given.items() if v is not UNSET})
         url = settings.endpoint.url("/models", extra_query)
-        call = client._call(settings, Outgoing("GET", url, None, "", _extra_headers(extra_headers, None)))
+        outgoing = Outgoing("GET", url, None, "", _extra_headers(extra_headers, None))
 
-        models = await call.run(self._receive)
+        call = Call(client._route(settings), outgoing)
+        models = await call.ask(read_models)
         call.end("ok")
         return models
+
+
+def _holds(name: str, given: object) -> bool:
+    return isinstance(given, Mapping) and name in given
 
 
 def _fields(request: object, params: dict[str, Any]) -> dict[str, Any]:
@@ -420,11 +427,11 @@ def _fields(request: object, params: dict[str, Any]) -> dict[str, Any]:
         if params:
             raise TypeError(f"a ready request takes options only, not {', '.join(map(repr, params))}")
         return {name: value for name, value in msgspec.structs.asdict(request).items() if value is not UNSET}
-    if not _codec.REQUEST_FIELDS.issuperset(params):
+    if not REQUEST_FIELDS.issuperset(params):
         import difflib
 
-        name = min(params.keys() - _codec.REQUEST_FIELDS)
-        near = difflib.get_close_matches(name, [*_codec.REQUEST_FIELDS, *OPTION_NAMES], 1)
+        name = min(params.keys() - REQUEST_FIELDS)
+        near = difflib.get_close_matches(name, [*REQUEST_FIELDS, *OPTION_NAMES], 1)
         meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise TypeError(
             f"{name!r} is no parameter of a completion{meant}; a vendor's field goes into extra_body={{{name!r}: ...}}"

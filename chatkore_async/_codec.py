@@ -135,14 +135,14 @@ def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mappi
     """
     body = fields
     messages: Any = fields.get("messages")
-    odd = type(messages) is not list
-    if not odd:
-        for message in messages:
-            # Nearly all are such dicts, in which there is nothing to look at.
+    if type(messages) is list:
+        listed: list[object] = messages
+        for message in listed:
             if type(message) is not dict or "tool_calls" in message:
-                odd = True
                 break
-    if odd and messages is not None:
+        else:
+            messages = None  # nearly all are such dicts, in which there is nothing to look at
+    if messages is not None:
         body = {**fields, "messages": _all_sendable(messages)}
     if stream:
         body = {**body, "stream": True}
@@ -338,24 +338,37 @@ def is_crowded(message: bytes) -> bool:
     return objects > MAX_OBJECTS and objects * _PLAIN_SIZE > len(message)
 
 
+def decode_completion_strictly(body: bytes) -> ChatCompletion | None:
+    """Return the completion in `body`, as nearly all have it; `None` for what `decode_completion` is for."""
+    try:
+        completion = _decode_completion(body)
+    except MISFIT:
+        return None
+    completion._raw = body
+    return _tidied(completion)
+
+
 def decode_completion(body: bytes) -> tuple[ChatCompletion, object]:
     """Return the completion in `body`, and the generic JSON where it took the tolerant path, else `None`.
 
     Raises:
         NotJSONError: `body` is not a JSON object.
     """
-    whole: object = None
-    try:
-        completion = _decode_completion(body)
-    except MISFIT:
-        completion, whole = _decode_tolerantly(_tolerant.completion, body)
+    if completion := decode_completion_strictly(body):
+        return completion, None
+    completion, whole = _decode_tolerantly(_tolerant.completion, body)
+    completion._raw = Mended(body)
+    return _tidied(completion), whole
+
+
+def _tidied(completion: ChatCompletion) -> ChatCompletion:
     for choice in completion.choices:
         if choice.finish_reason == "null":
             choice.finish_reason = None
-    if completion.usage is not None and not completion.usage.total_tokens and completion.usage == _NO_TOKENS:
+    usage = completion.usage
+    if usage is not None and not usage.total_tokens and usage == _NO_TOKENS:
         completion.usage = None
-    completion._raw = body if whole is None else Mended(body)
-    return completion, whole
+    return completion
 
 
 def decode_chunk(data: bytes) -> tuple[ChatCompletionChunk, dict[str, Any]]:

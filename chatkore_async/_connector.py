@@ -13,6 +13,7 @@ import aiohttp
 from ._cork import Cork, bare
 from ._deadlines import NEVER, Deadline, Deadlines
 from ._foreign import ClientClosedError, ConnectTimeoutError
+from ._sending import Writings
 
 NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 
@@ -88,6 +89,7 @@ class Connector(aiohttp.TCPConnector):
 
     def __init__(self, deadlines: Deadlines, cork: Cork | None, **options: Any) -> None:
         super().__init__(**options)  # pyright: ignore[reportUnknownMemberType]
+        self.writings = Writings(asyncio.get_running_loop())
         self._cork = cork
         # Weak, as in `_keep`: a deadline leads to its call and so to its pool, which could not be collected.
         self._deadlines = weakref.ref(deadlines)
@@ -150,6 +152,7 @@ class Keeper:
     Args:
         sessions: what is kept.
         connector: the sessions'.
+        pool: whose they are; is told that it is closed.
         deadlines: stopped with them, unless calls that are under way still need them.
         responses: those in flight; whoever takes one on adds it.
     """
@@ -158,6 +161,8 @@ class Keeper:
         self,
         sessions: tuple[aiohttp.ClientSession, ...],
         connector: Connector,
+        *,
+        pool: weakref.ref[Any],
         deadlines: Deadlines,
         responses: set[aiohttp.ClientResponse],
         loop: asyncio.AbstractEventLoop,
@@ -165,7 +170,7 @@ class Keeper:
         self._connector = connector
         self._responses = responses
         self._loop = loop
-        self._generator = _keep(sessions, weakref.ref(deadlines), responses)
+        self._generator = _keep(sessions, pool, weakref.ref(deadlines), responses)
         # Started by hand, since nothing in it suspends: from now on the loop knows it, and closes the sessions when it
         # shuts its async generators down.
         hooks = sys.get_asyncgen_hooks()
@@ -195,6 +200,7 @@ class Keeper:
 
 async def _keep(
     sessions: tuple[aiohttp.ClientSession, ...],
+    pools: weakref.ref[Any],
     timers: weakref.ref[Deadlines],
     responses: set[aiohttp.ClientResponse],
 ) -> AsyncGenerator[None, None]:
@@ -202,6 +208,8 @@ async def _keep(
     try:
         yield
     finally:
+        if (pool := pools()) is not None:
+            pool.is_open = False
         deadlines = timers()
         if deadlines is not None and not len(deadlines):
             deadlines.close()

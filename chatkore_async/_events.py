@@ -80,7 +80,7 @@ class EventReader:
         self._max_event = limits.max_event_size
         self._max_size = math.inf if limits.max_body_size is None else limits.max_body_size
         self._decoder = Decoder(limits.max_event_size)
-        self._now = call.pool.loop.time
+        self._now = call.route.now
         self.read = exchange.content.readany
         self._waiting = False
         self._began = 0.0  # when the wait began, in the event loop's time

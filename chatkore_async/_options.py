@@ -44,6 +44,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     proxy: str | Literal[False] | None = None
     ssl: SSLContext | None = None
 
+    def counts_from_admission(self, *, stream: bool) -> bool:
+        """Whether a call's total begins when its limiter admits it.
+
+        A default that nobody chose does not count the time in a queue that somebody did choose.
+        """
+        return not stream and self.limiter is not None and self.timeout.leaves_total_alone
+
     def with_call_options(self, options: Mapping[str, Any]) -> "Settings":
         """Return the settings of one call.
 

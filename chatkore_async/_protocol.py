@@ -8,7 +8,7 @@ from typing import Final, Literal
 from . import _codec, _sse, _tolerant
 from ._accumulate import OVERFLOWED, Accumulator, has_delta
 from ._classify import classify
-from ._codec import NotJSONError
+from ._codec import LARGE, NotJSONError, decode_completion_strictly
 from ._headers import plain_headers, request_id
 from ._notes import Head
 from ._responses import ChatCompletion, ChatCompletionChunk, Model
@@ -60,6 +60,10 @@ def read_completion(head: Head, body: bytes) -> ChatCompletion:
     Raises:
         APIError: the answer is, or hides, an error, or is not what the API speaks.
     """
+    if head.status == 200 and len(body) <= LARGE:
+        completion = decode_completion_strictly(body)
+        if completion is not None and completion.choices:
+            return completion  # nearly all are like this, and hide nothing
     found = _completion_or_error(head, body)
     if isinstance(found, ChatCompletion):
         return found
@@ -73,7 +77,7 @@ def read_completion(head: Head, body: bytes) -> ChatCompletion:
 def _completion_or_error(head: Head, body: bytes) -> ChatCompletion | APIError:
     if head.status != 200 and (error := read_error(head, body)):
         return error
-    if len(body) > _codec.LARGE and _codec.is_crowded(body):
+    if len(body) > LARGE and _codec.is_crowded(body):
         return crowded(head, body)
     try:
         completion, whole = _codec.decode_completion(body)

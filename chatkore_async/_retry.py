@@ -20,13 +20,22 @@ JITTER = 0.1
 
 
 class Bucket:
-    """What is left of a `RetryBudget`. One per client, shared by its copies."""
+    """What is left of a `RetryBudget`. One per client, shared by its copies.
 
-    __slots__ = ("budget", "tokens")
+    Attributes:
+        spent: what was drawn and not earned back; nothing, where there is no budget.
+    """
+
+    __slots__ = ("budget", "spent")
 
     def __init__(self, budget: RetryBudget | None) -> None:
         self.budget = budget
-        self.tokens = budget.capacity if budget else 0
+        self.spent = 0
+
+    @property
+    def tokens(self) -> int:
+        """What is left."""
+        return self.budget.capacity - self.spent if self.budget else 0
 
     def __repr__(self) -> str:
         return f"<Bucket {self.tokens}/{self.budget.capacity}>" if self.budget else "<Bucket disabled>"
@@ -39,13 +48,13 @@ class Bucket:
         cost = self.budget.timeout_cost if isinstance(error, APITimeoutError) else self.budget.retry_cost
         if cost > self.tokens:
             return False
-        self.tokens -= cost
+        self.spent += cost
         return True
 
     def refund(self) -> None:
         """Put back what a success earns."""
-        if self.budget is not None and self.tokens < self.budget.capacity:
-            self.tokens = min(self.budget.capacity, self.tokens + self.budget.refund)
+        if self.budget is not None:
+            self.spent = max(0, self.spent - self.budget.refund)
 
 
 def backoff(policy: RetryPolicy, number: int, retry_after: float | None, chance: float) -> float:

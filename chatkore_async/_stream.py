@@ -171,7 +171,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         cancelling = 0 if task is None else task.cancelling()
         self._busy = True
         try:
-            await call.run(self._receive)
+            await call.open(self._receive)
         except BaseException as error:
             # Another task left the stream, which cancelled this one: it finds a stream that has ended.
             if self._ended and task is not None and task.uncancel() <= cancelling:
@@ -360,7 +360,6 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     async def _receive(self, call: Call, exchange: Exchange) -> None:
         """Read one attempt's answer up to its first delta."""
-        call.answered()
         if not call.notes.is_success:
             body = await exchange.read(MAX_BODY, cut=True)
             try:
@@ -382,7 +381,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             else:
                 await reader.fill()
         self._held.reverse()
-        call.first_delta(call.pool.loop.time())
+        call.first_delta(call.route.now())
 
     async def _fill(self) -> None:
         """Wait for what comes next. After the last of it, end the stream."""

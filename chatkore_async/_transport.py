@@ -1,19 +1,17 @@
-"""The session manager: pooled aiohttp sessions, one per event loop, and one request after another through them.
+"""One event loop's pool: its aiohttp session, and one request after another through it.
 
-What comes out of here is ours: an `Exchange` that is read and let go, and errors of our tree.
+What comes out of here is ours: a `Route` for requests, an `Exchange` that is read and let go, and errors of our tree.
 """
 
 import asyncio
 import base64
 import contextlib
 import io
-import os
 import ssl as _ssl
-import threading
 import urllib.request
 import weakref
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, overload
 from urllib.parse import unquote, urlsplit
 
 import aiohttp
@@ -21,7 +19,7 @@ import aiohttp
 from ._config import Limits, Secret, merge_headers
 from ._connector import NO_TIMEOUT, Connector, Keeper, close, open_socket
 from ._cork import WORTHWHILE, Cork
-from ._deadlines import Deadlines
+from ._deadlines import NEVER, Deadlines
 from ._foreign import (
     FOREIGN,
     UNSENDABLE,
@@ -34,14 +32,17 @@ from ._foreign import (
 )
 from ._meta import PoolStats
 from ._notes import Notes
-from ._options import Outgoing
+from ._options import Outgoing, Settings
 from ._proxies import checked_proxy, environment_proxy
+from ._retry import Bucket
+from ._sending import ACCEPT_ENCODING, REQUEST_CLASS
 from ._slots import Slots
+from ._words import MAX_BODY
 from .errors import ChatKoreError, ConfigurationError, InvalidRequestError, InvalidResponseError
 
 Session = aiohttp.ClientSession
 
-__all__ = ["FOREIGN", "Exchange", "Pool", "Session", "SessionManager", "checked_proxy", "mapped"]
+__all__ = ["FOREIGN", "Exchange", "Pool", "Route", "Session", "checked_proxy", "mapped"]
 
 HEADER_LIMIT = 64 * 1024
 """Bytes of one header. aiohttp's 8 KiB are less than some gateways send; more than this is a flood."""
@@ -53,7 +54,6 @@ DRAIN_SECONDS = 0.25
 _FOREVER = 1e9  # aiohttp 3.13 has no other way to say it
 _UNANSWERED = (*FOREIGN, TypeError, ConnectTimeoutError)
 _LARGE_BODY = 512 * 1024  # aiohttp warns of bytes above 1 MiB, and writes them in one go
-_KEPT = 64
 
 
 class Exchange:
@@ -73,19 +73,6 @@ class Exchange:
 
     def __repr__(self) -> str:
         return f"<Exchange {self._response.status} {'open' if self._pool else 'let go'}>"
-
-    def read_nowait(self, limit: int | None) -> bytes | None:
-        """Return the whole body, and let go, where it came with the headers, as most do; else `None`: `read` it."""
-        content = self.content
-        if (
-            not content.is_eof()
-            or content.exception() is not None
-            or (limit is not None and content.total_bytes > limit)
-        ):
-            return None
-        body = content.read_nowait()
-        self.let_go()
-        return body
 
     async def read(
         self, limit: int | None, *, cut: bool = False, is_whole: Callable[[bytes], bool] | None = None
@@ -187,49 +174,66 @@ class Exchange:
 class Pool:
     """What one event loop uses: a session, places, deadlines."""
 
-    def __init__(self, manager: "SessionManager", loop: asyncio.AbstractEventLoop) -> None:
-        limits = manager.limits
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        limits: Limits,
+        headers: Mapping[str, str],
+        ssl: _ssl.SSLContext | None,
+        session: aiohttp.ClientSession | None,
+    ) -> None:
         self.loop = loop
+        self.is_open = True
         self.deadlines = Deadlines(loop)
         self.slots = Slots(limits.max_connections)
         self.responses: set[aiohttp.ClientResponse] = set()  # in flight
         self.reused = 0
         self.never_ending: set[str] = set()  # hosts that keep a stream open after its end
+        self.longest_body = limits.max_body_size
+        self.short_body = MAX_BODY if limits.max_body_size is None else min(MAX_BODY, limits.max_body_size)
         self._per_host = limits.max_connections_per_host
         self.limits_hosts = self._per_host is not None
         self._host_slots: dict[tuple[str, str], Slots] = {}
-        self._timeouts: dict[float | None, aiohttp.ClientTimeout] = {}
-        self._proxies: dict[str, str | None] = {}  # by URL
         self._keeper: Keeper | None = None
         self.connector: Connector | None = None
-        if manager.session is not None:
-            self.session = _checked(manager.session, loop)
+        self._opened: dict[asyncio.Task[Any], float] = {}  # the connector's
+        if session is not None:
+            self.session = _checked(session, loop)
             self.headers: Mapping[str, str] | None = None
             return
-        self.headers = manager.headers
+        self.headers = headers
         self._environment = urllib.request.getproxies()
         self.connector = Connector(
             self.deadlines,
             Cork(loop, self.slots) if WORTHWHILE else None,
             limit=0,
             keepalive_timeout=_FOREVER if limits.keepalive_expiry is None else limits.keepalive_expiry,
-            ssl=True if manager.ssl is None else manager.ssl,
+            ssl=True if ssl is None else ssl,
             socket_factory=open_socket,
         )
-        self.session = self._make_session(manager.headers)
+        self._opened = self.connector.opened
+        self.session = self._make_session(headers)
         # aiohttp sends a session's own headers to the proxy as well, our key as its `Proxy-Authorization`. So what goes
         # through a proxy has a session that knows nothing.
         self._proxied = self._make_session(
-            {name: value for name, value in manager.headers.items() if name.lower() == "user-agent"}
+            {name: value for name, value in headers.items() if name.lower() == "user-agent"}
         )
-        self._keeper = Keeper((self.session, self._proxied), self.connector, self.deadlines, self.responses, loop)
+        self._keeper = Keeper(
+            (self.session, self._proxied),
+            self.connector,
+            pool=weakref.ref(self),
+            deadlines=self.deadlines,
+            responses=self.responses,
+            loop=loop,
+        )
         weakref.finalize(self, self._keeper.bury)
 
     def _make_session(self, headers: Mapping[str, str]) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             connector=self.connector,
-            headers=headers,
+            headers=merge_headers({"Accept-Encoding": ACCEPT_ENCODING}, headers),
             cookie_jar=aiohttp.DummyCookieJar(),
+            request_class=REQUEST_CLASS,
             timeout=NO_TIMEOUT,
             max_line_size=HEADER_LIMIT,
             max_field_size=HEADER_LIMIT,
@@ -250,58 +254,63 @@ class Pool:
             slots = self._host_slots[host] = Slots(self._per_host)
         return slots
 
-    def request(
-        self,
-        outgoing: Outgoing,
-        headers: Mapping[str, str] | None,
-        *,
-        connect: float | None,
-        proxy: str | Literal[False] | None,
-        ssl: _ssl.SSLContext | None,
-    ) -> Awaitable[aiohttp.ClientResponse]:
-        """Return a request to be awaited: what comes of it is for `answered`, what it raises for `raise_ours`.
+    def route(self, settings: Settings, bucket: Bucket) -> "Route":
+        """Return the way of all requests with these settings.
 
-        Not a coroutine of its own: thousands may wait here. The caller holds a place in `slots`.
+        Raises:
+            ConfigurationError: the environment names a proxy that cannot be used.
         """
-        url, body = outgoing.url, outgoing.body
-        timeout = self._timeouts.get(connect)
-        if timeout is None:
-            timeout = self._timeout(connect)
-        options: dict[str, Any] = {
-            "data": io.BytesIO(body) if body is not None and len(body) > _LARGE_BODY else body,
-            "allow_redirects": False,
-            "timeout": timeout,
-        }
-        session = self.session
+        endpoint, session = settings.endpoint, self.session
+        headers: Mapping[str, str] | None = None if endpoint.headers is self.headers else endpoint.headers
+        options: dict[str, Any] = {"allow_redirects": False}
         if self.connector is None:
             # Whatever the caller's session does with other answers, ours have to be read.
             options["raise_for_status"] = False
             options["auto_decompress"] = True
-        if proxy is None:
-            proxy = self._proxies[url] if url in self._proxies else self._environment_proxy(url)
+        proxy = settings.proxy
+        if proxy is None and self.connector is not None:  # the caller's session has its own ways, such as SOCKS
+            proxy = environment_proxy(endpoint.base_url, self._environment)
         if proxy:
             options["proxy"] = proxy
-            if self.headers is not None:
-                session = self._proxied
-                headers = merge_headers(self.headers, headers)
-            headers = _authorized(headers, url, proxy)
-        if headers is not None:
-            options["headers"] = headers
-        if ssl is not None:
-            options["ssl"] = ssl
-        return session.request(outgoing.method, url, **options)
+            if self.connector is not None:
+                session, headers = self._proxied, endpoint.headers
+            headers = _authorized(headers, endpoint.base_url, proxy)
+        if settings.ssl is not None:
+            options["ssl"] = settings.ssl
+        return Route(self, settings, bucket, headers=headers, request=session.request, options=options)
 
-    def answered(self, response: aiohttp.ClientResponse, host_place: Slots | None, notes: Notes) -> Exchange:
+    @overload
+    def answered(self, response: aiohttp.ClientResponse, host_place: Slots | None, notes: Notes) -> "Exchange": ...
+    @overload
+    def answered(
+        self, response: aiohttp.ClientResponse, host_place: Slots | None, notes: Notes, *, whole: Literal[True]
+    ) -> "Exchange | bytes": ...
+    def answered(
+        self, response: aiohttp.ClientResponse, host_place: Slots | None, notes: Notes, *, whole: bool = False
+    ) -> "Exchange | bytes":
         """Return the answer to a request, its body unread, which takes over the places that the caller holds.
 
         Its status and headers are noted down, and how long it took to connect.
+
+        Args:
+            response: the answer.
+            host_place: the place of the host, where hosts are limited.
+            notes: the call's.
+            whole: whether to return the whole body, and let go, where it came with the headers and is short.
         """
         notes.status = response.status
         notes.headers = response.headers
-        if self.connector is None or not self.connector.opened or (took := self._opened()) is None:
-            self.reused += 1
-        else:
+        if self._opened and (took := self._took()) is not None:
             notes.connect = took
+        else:
+            self.reused += 1
+        if whole:
+            content = response.content
+            if content.is_eof() and 0 < content.total_bytes <= self.short_body and content.exception() is None:
+                self.slots.release()
+                if host_place is not None:
+                    host_place.release()
+                return content.read_nowait()
         return Exchange(response, self, host_place)
 
     def raise_ours(self, caught: BaseException, url: str, connect: float | None) -> None:
@@ -312,7 +321,7 @@ class Pool:
             ConfigurationError: the proxy cannot be used, or the client or its session was closed.
             InvalidRequestError: a header cannot be sent.
         """
-        self._opened()
+        self._took()
         if isinstance(caught, ChatKoreError) or not isinstance(caught, _UNANSWERED):
             return
         error, cause = self._error(caught, url, connect), harmless(caught)
@@ -332,29 +341,14 @@ class Pool:
             return InvalidRequestError(f"the request cannot be sent: {cause}")
         return mapped(cause, sent=was_sent(cause))
 
-    def _opened(self) -> float | None:
+    def _took(self) -> float | None:
         """Seconds it took to open a connection for this task's request; `None` when one was reused."""
         task = asyncio.current_task()
-        return None if self.connector is None or task is None else self.connector.opened.pop(task, None)
+        return None if task is None else self._opened.pop(task, None)
 
     def is_connecting(self, task: "asyncio.Task[Any] | None") -> bool:
         """Whether a task's request waits for its connection to open."""
         return self.connector is not None and task in self.connector.opening
-
-    def _timeout(self, connect: float | None) -> aiohttp.ClientTimeout:
-        """Return aiohttp's form of a connect timeout, made once for each value in use."""
-        if len(self._timeouts) >= _KEPT:
-            self._timeouts.clear()  # somebody computes a new one for each call
-        timeout = self._timeouts[connect] = aiohttp.ClientTimeout(total=None, sock_connect=connect)
-        return timeout
-
-    def _environment_proxy(self, url: str) -> str | None:
-        if self.connector is None:
-            return None  # the caller's session has its own ways, perhaps a SOCKS connector
-        if len(self._proxies) >= _KEPT:
-            self._proxies.clear()  # somebody has a new query for each call
-        proxy = self._proxies[url] = environment_proxy(url, self._environment)
-        return proxy
 
     def stats(self) -> PoolStats:
         """The pool at this moment."""
@@ -377,12 +371,14 @@ class Pool:
 
         Calls that are under way fail at once. On a session of the caller's they may finish.
         """
+        self.is_open = False
         if self._keeper is not None and self.connector is not None:
             self.connector.give_up_opening()
             await self._keeper.close()
 
     def close_from_outside(self) -> None:
         """Close a pool whose loop is not the running one: another thread's, or one that stands still."""
+        self.is_open = False
         if self._keeper is None or self.closed:
             return
         if self.loop.is_running():
@@ -396,11 +392,112 @@ class Pool:
 
     def disown(self) -> None:
         """In a forked child: touch nothing, since sockets and selector are the parent's, and warn of nothing."""
+        self.is_open = False
         if self.connector is not None:
             self.session.detach()
             self._proxied.detach()
             # Private, and there is no public way: a connector with idle connections closes them when it is collected.
             getattr(self.connector, "_conns", {}).clear()
+
+
+class Route:
+    """What is the same for all calls of a client on one event loop, decided once.
+
+    Attributes:
+        pool: the event loop's.
+        settings: of the calls.
+        bucket: the client's retry budget.
+        loop, now, deadlines: the event loop, its clock, and its deadlines.
+        hooks: of the settings.
+        secret: the key, unless it has to be asked for.
+        headers: what an attempt carries beyond its session's headers and its call's own, the key apart.
+        is_plain: whether nothing is to be asked before an attempt, and it needs no headers but its call's.
+        total: seconds that a call may take, `NEVER` for no limit, or none until its limiter admits it.
+        total_of_streams: the same for streams.
+    """
+
+    __slots__ = (
+        "_options",
+        "_request",
+        "bucket",
+        "deadlines",
+        "headers",
+        "hooks",
+        "is_plain",
+        "loop",
+        "now",
+        "pool",
+        "secret",
+        "settings",
+        "total",
+        "total_of_streams",
+    )
+
+    def __init__(
+        self,
+        pool: Pool,
+        settings: Settings,
+        bucket: Bucket,
+        *,
+        headers: Mapping[str, str] | None,
+        request: Callable[..., Awaitable[aiohttp.ClientResponse]],
+        options: dict[str, Any],
+    ) -> None:
+        self.pool = pool
+        self.settings = settings
+        self.bucket = bucket
+        self.loop = pool.loop
+        self.now = pool.loop.time
+        self.deadlines = pool.deadlines
+        self.hooks = settings.hooks
+        key = settings.endpoint.key
+        self.secret = key if isinstance(key, Secret) else Secret()
+        self.headers = headers
+        self.is_plain = (
+            headers is None
+            and isinstance(key, Secret)
+            and settings.limiter is None
+            and not self.hooks
+            and not pool.limits_hosts
+        )
+        self.total = _total(settings, stream=False)
+        self.total_of_streams = _total(settings, stream=True)
+        self._request = request
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.timeout.connect)
+        self._options = {**options, "timeout": timeout}
+
+    def __repr__(self) -> str:
+        return f"<Route to {self.settings.endpoint.base_url}>"
+
+    def with_settings(self, settings: Settings) -> "Route":
+        """Return the route of a call with timeouts or retries of its own; nothing else of the settings may differ."""
+        return Route(
+            self.pool,
+            settings,
+            self.bucket,
+            headers=self.headers,
+            request=self._request,
+            options=self._options,
+        )
+
+    def request(self, outgoing: Outgoing, headers: Mapping[str, str] | None) -> Awaitable[aiohttp.ClientResponse]:
+        """Return a request to be awaited: what comes of it is for `Pool.answered`, what it raises for `raise_ours`.
+
+        Not a coroutine of its own: thousands may wait here. The caller holds a place in the pool's `slots`.
+        """
+        body = outgoing.body
+        return self._request(
+            outgoing.method,
+            outgoing.url,
+            data=io.BytesIO(body) if body is not None and len(body) > _LARGE_BODY else body,
+            headers=headers,
+            **self._options,
+        )
+
+
+def _total(settings: Settings, *, stream: bool) -> float:
+    total = settings.timeout.total_for(stream=stream)
+    return NEVER if total is None or settings.counts_from_admission(stream=stream) else total
 
 
 def _checked(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
@@ -420,104 +517,3 @@ def _authorized(headers: Mapping[str, str] | None, url: str, proxy: str) -> Mapp
     parts = urlsplit(proxy)
     login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode("latin1", "replace")
     return {**(headers or {}), "Proxy-Authorization": Secret(f"Basic {base64.b64encode(login).decode()}")}
-
-
-class SessionManager:
-    """The pools of one client and its copies, by event loop.
-
-    Args:
-        limits: of each pool.
-        headers: what every request of the client carries; set once on each session.
-        ssl: company certificates, or `None` for the system's.
-        session: the caller's own; used as it is and never closed.
-    """
-
-    def __init__(
-        self,
-        limits: Limits,
-        headers: Mapping[str, str],
-        ssl: _ssl.SSLContext | None,
-        session: aiohttp.ClientSession | None,
-    ) -> None:
-        self.limits = limits
-        self.headers = headers
-        self.ssl = ssl
-        self.session = session
-        self.closed = False
-        self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
-        self._past = PoolStats()  # of pools that are gone
-        self._lock = threading.Lock()
-        _managers.add(self)
-
-    def check_open(self) -> None:
-        """Raise `ConfigurationError` when the client was closed."""
-        if self.closed:
-            raise ConfigurationError("this client was closed; make a new one, or close it later")
-
-    def pool(self) -> Pool:
-        """Return the running loop's pool.
-
-        Raises:
-            ConfigurationError: the client was closed, or its session belongs to another loop.
-        """
-        if self.closed:
-            self.check_open()
-        loop = asyncio.get_running_loop()
-        pool = self._pools.get(loop)
-        if pool is None or (pool.connector is not None and pool.connector.closed):
-            pool = self._open(loop)
-        return pool
-
-    def _open(self, loop: asyncio.AbstractEventLoop) -> Pool:
-        with self._lock:
-            self.check_open()
-            for other in [other for other in self._pools if other.is_closed() or other is loop]:
-                past = self._pools.pop(other)
-                self._remember(past)
-                if other is not loop:
-                    past.close_from_outside()
-            pool = self._pools[loop] = Pool(self, loop)
-        return pool
-
-    def _remember(self, pool: Pool) -> None:
-        past = pool.stats()
-        self._past = PoolStats(created=self._past.created + past.created, reused=self._past.reused + past.reused)
-
-    def stats(self) -> PoolStats:
-        """The sum over all loops."""
-        every = [self._past, *(pool.stats() for pool in list(self._pools.values()))]
-        return PoolStats(**{name: sum(getattr(one, name) for one in every) for name in PoolStats.__struct_fields__})
-
-    async def close(self) -> None:
-        """Close every pool. Doing so twice is fine."""
-        with self._lock:
-            self.closed = True
-            pools, self._pools = self._pools, {}
-            for pool in pools.values():
-                self._remember(pool)
-        running = pools.pop(asyncio.get_running_loop(), None)
-        for pool in pools.values():
-            pool.close_from_outside()
-        if running is not None:
-            await running.close()
-
-    def disown(self) -> None:
-        """In a forked child: leave the parent's connections alone."""
-        self._lock = threading.Lock()  # it may have been held when the process forked
-        for pool in self._pools.values():
-            pool.disown()
-            _inherited.append(pool)
-        self._pools = {}
-
-
-_managers: "weakref.WeakSet[SessionManager]" = weakref.WeakSet()
-_inherited: list[Pool] = []  # the parent's pools, kept in a forked child so that nothing closes them
-
-
-def _after_fork() -> None:
-    for manager in list(_managers):
-        manager.disown()
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork
-    os.register_at_fork(after_in_child=_after_fork)

@@ -18,10 +18,10 @@ FLOORS = [
     ["_classify", "_batch_lines", "_batch_writer"],
     ["_protocol", "_batch_plan", "_batch_files"],
     ["_retry", "_slots", "_deadlines", "_proxies", "_foreign", "_ratelimiter"],
-    ["_cork"],
+    ["_cork", "_sending"],
     ["_connector"],
     ["_transport"],
-    ["_call"],
+    ["_call", "_manager"],
     ["_events", "_workers"],
     ["_stream", "_fanout"],
     ["_client", "batch"],
@@ -97,7 +97,7 @@ def test_every_floor_names_rooms_that_exist() -> None:
 @pytest.mark.parametrize(
     "library,rooms",
     [
-        ("aiohttp", {"_foreign", "_connector", "_transport", "testing", "integrations/aiohttp_web"}),
+        ("aiohttp", {"_foreign", "_sending", "_connector", "_transport", "testing", "integrations/aiohttp_web"}),
         ("tenacity", {"_retry"}),
     ],
 )

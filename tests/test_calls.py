@@ -26,6 +26,7 @@ from chatkore_async import (
     RetryPolicy,
     Timeout,
 )
+from chatkore_async._call import Call
 from chatkore_async._hooks import Hook
 from chatkore_async._limiter import Demand, Report
 from chatkore_async._options import OPTION_NAMES
@@ -678,7 +679,8 @@ async def test_there_is_exactly_one_end(client: AsyncChatKore, server: ChatKoreS
 
 async def test_no_hooks_make_no_records(client: AsyncChatKore) -> None:
     """Without hooks a call has no id, since making one costs time."""
-    call = client._call(client._settings, client.chat.completions._prepare(None, dict(ASK), stream=False)[1])
+    settings, outgoing, _ = client.chat.completions._prepare(None, dict(ASK), stream=False)
+    call = Call(client._route(settings), outgoing)
     assert call.id == ""
     call.end("left")
     call._look_at(call.pool.loop.time() + 1)  # as what was still waiting for leave does; it is over

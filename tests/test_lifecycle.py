@@ -483,9 +483,9 @@ def test_a_client_that_a_child_disowned(elsewhere: ChatKoreServer) -> None:
     asyncio.run(client.close())
     loop.close()
     del pool
-    from chatkore_async import _transport
+    from chatkore_async import _manager
 
-    _transport._inherited.clear()
+    _manager._inherited.clear()
 
 
 async def test_a_disowned_client_leaves_the_callers_session_alone(server: ChatKoreServer) -> None:
@@ -495,9 +495,9 @@ async def test_a_disowned_client_leaves_the_callers_session_alone(server: ChatKo
         await client.chat.completions.create(**ASK)
         client._manager.disown()
         assert not session.closed
-        from chatkore_async import _transport
+        from chatkore_async import _manager
 
-        _transport._inherited.clear()
+        _manager._inherited.clear()
 
 
 # Forks.

@@ -512,11 +512,12 @@ async def test_a_large_error_is_cut(server: ChatKoreServer) -> None:
 async def test_the_repr_of_an_exchange_tells_whether_it_is_open(server: ChatKoreServer) -> None:
     """What a debugger shows of an answer is its status and whether it was let go; letting go twice is fine."""
     async with make(server) as client:
-        pool = client._manager.pool()
+        route = client._route(client._settings)
+        pool = route.pool
         pool.slots.take()
         asked = Outgoing("GET", f"{client.base_url}/models", None, "")
-        response = await pool.request(asked, None, connect=1, proxy=False, ssl=None)
-        exchange = pool.answered(response, None, Notes(started=0, began=0))
+        exchange = pool.answered(await route.request(asked, None), None, Notes(started=0, began=0))
+        assert repr(route) == f"<Route to {client.base_url}>"
         assert repr(exchange) == "<Exchange 200 open>"
         exchange.abort()
         exchange.abort()

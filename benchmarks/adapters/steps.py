@@ -45,12 +45,15 @@ class Pooled:
         return await self.create(model=MODEL, messages=MESSAGES)
 
     async def create(self, **fields: Any) -> str | None:
-        settings, outgoing, _ = self._client.chat.completions._prepare(None, fields, stream=False)
-        timeout, pool, notes = settings.timeout, self._client._manager.pool(), Notes(started=0.0, began=0.0)
+        completions = self._client.chat.completions
+        settings, outgoing, _ = completions._prepare(None, fields, stream=False)
+        route, notes = self._client._route(settings), Notes(started=0.0, began=0.0)
+        pool = route.pool
         pool.slots.take()
-        request = pool.request(outgoing, None, connect=timeout.connect, proxy=settings.proxy, ssl=settings.ssl)
-        exchange = pool.answered(await request, None, notes)
-        return read_completion(notes, exchange.read_nowait(LIMIT) or await exchange.read(LIMIT)).text
+        exchange = pool.answered(await route.request(outgoing, None), None, notes)
+        body = exchange.read_nowait()
+        assert body is not None
+        return read_completion(notes, body).text
 
 
 # A stream.
