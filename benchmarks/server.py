@@ -28,7 +28,7 @@ from typing import cast
 
 from benchmarks import answers, machine
 
-INTERVAL = 0.002  # seconds between the events of a paced stream
+INTERVAL = 0.005  # seconds between the events of a paced stream: what no core of today is too slow for
 DELAY = 1.0  # seconds until a late answer
 PORTS = 12
 BACKLOG = 16384

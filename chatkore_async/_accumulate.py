@@ -36,9 +36,15 @@ Each is an object of a hundred to seven hundred bytes here, and a handful on the
 one log probability for each.
 """
 
+PATIENCE = 8
+"""How often a chunk is made to compare others with although fewer than `WORTHWHILE` were like the last of these."""
+
+WORTHWHILE = 3
+
 OVERFLOWED = f"has more than {MAX_PARTS:,} choices, tool calls, annotations and log probabilities"
 
 _NO_TOKENS = Usage()
+_NO_DELTA = ChoiceDelta()
 
 
 def has_delta(chunk: ChatCompletionChunk) -> bool:
@@ -65,7 +71,20 @@ class Accumulator:
     not merged, and whoever reads the stream is to end it with an error.
     """
 
-    __slots__ = ("_choices", "_has_head", "_head", "_parts", "overflowed", "pending", "usage")
+    __slots__ = (
+        "_alike",
+        "_alike_delta",
+        "_before",
+        "_choices",
+        "_has_head",
+        "_head",
+        "_parts",
+        "_patience",
+        "_pieces",
+        "overflowed",
+        "pending",
+        "usage",
+    )
 
     def __init__(self) -> None:
         self.pending: list[ChatCompletionChunk] = []
@@ -75,6 +94,40 @@ class Accumulator:
         self.usage: Usage | None = None
         self._parts = 0
         self.overflowed = False
+        # What `add` compares with, its delta, the texts of its choice, and how many these were when it was made.
+        self._alike: ChatCompletionChunk | None = None
+        self._alike_delta = _NO_DELTA
+        self._pieces: list[str] = []
+        self._before = 0
+        self._patience = PATIENCE
+
+    def add(self, chunk: ChatCompletionChunk) -> bool:
+        """Merge a chunk that is like the last one but for its text, or answer that it is not.
+
+        To compare all else at once, in C, takes longer than to look at one field after another, as `merge` does; but
+        only where that is in the processor's caches, and what comes alone is not. Nothing may be pending.
+        """
+        alike = self._alike
+        if alike is None:
+            return False
+        text = self._alike_delta.content = chunk.choices[0].delta.content
+        if text is None or chunk != alike:
+            return False
+        self._pieces.append(text)
+        return True
+
+    def _compare_with(self, chunk: ChatCompletionChunk) -> None:
+        """Have chunks compared with this one, if it has nothing but a text."""
+        if self._alike is not None and len(self._pieces) - self._before < WORTHWHILE:
+            self._patience -= 1
+        self._alike = None
+        if self._patience and len(chunk.choices) == 1 and chunk.usage is None:
+            choice = chunk.choices[0]
+            delta = ChoiceDelta(content=choice.delta.content)
+            if choice == (alike := ChunkChoice(index=choice.index, delta=delta)):
+                self._alike, self._alike_delta = msgspec.structs.replace(chunk, choices=[alike]), delta
+                self._pieces = self._choices[choice.index].content
+                self._before = len(self._pieces)
 
     def merge(self) -> None:
         """Merge what is pending."""
@@ -113,6 +166,8 @@ class Accumulator:
             head.system_fingerprint = fingerprint
         if self._parts > MAX_PARTS:
             self.overflowed = True
+        if len(pending) == 1 and not self.overflowed:
+            self._compare_with(pending[0])
         pending.clear()  # and not a new list: a stream has this one at hand
 
     def _take_head(self, chunk: ChatCompletionChunk) -> None:

@@ -136,8 +136,7 @@ def encode_request(fields: Mapping[str, Any], *, stream: bool, extra_body: Mappi
     body = fields
     messages: Any = fields.get("messages")
     if type(messages) is list:
-        listed: list[object] = messages
-        for message in listed:
+        for message in fields["messages"]:
             if type(message) is not dict or "tool_calls" in message:
                 break
         else:

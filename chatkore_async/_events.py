@@ -47,46 +47,47 @@ class EventReader:
         ended: whether the body ended, or broke off.
         cause: why it broke off, or `None` when it just ended.
         whole: whether the body is no event stream, but one event.
+        size, max_size: bytes so far, and how many there may be.
+        began: when the wait began, in the event loop's time.
+        max_gap: the longest wait so far, in seconds.
         unskipped: how many events of the last wait were no pings; whoever skips one takes it off.
         read: returns the next bytes of the body, nothing at its end.
     """
 
     __slots__ = (
-        "_began",
         "_blank",
         "_body",
-        "_call",
         "_decoder",
         "_exchange",
         "_feed",
         "_last_event",
         "_max_event",
-        "_max_gap",
-        "_max_size",
         "_now",
-        "_size",
-        "_waiting",
+        "began",
+        "call",
         "cause",
         "ended",
         "events",
+        "max_gap",
+        "max_size",
         "read",
+        "size",
         "unskipped",
         "whole",
     )
 
     def __init__(self, call: Call, exchange: Exchange, limits: Limits) -> None:
-        self._call = call
+        self.call = call
         self._exchange = exchange
         self._max_event = limits.max_event_size
-        self._max_size = math.inf if limits.max_body_size is None else limits.max_body_size
+        self.max_size = math.inf if limits.max_body_size is None else limits.max_body_size
         self._decoder = Decoder(limits.max_event_size)
         self._now = call.route.now
         self.read = exchange.content.readany
-        self._waiting = False
-        self._began = 0.0  # when the wait began, in the event loop's time
-        self._max_gap = -1.0
+        self.began = 0.0
+        self.max_gap = -1.0
         self.unskipped = 1  # the first wait has none to go on with
-        self._size = 0  # bytes so far
+        self.size = 0
         self._last_event = 0  # bytes so far when there was an event last
         self._feed: Callable[[bytes], list[bytes]] | None = None  # the decoder's, once this is an event stream
         self._blank: bytes | None = b""  # what came before the first byte that tells what the body is
@@ -98,6 +99,11 @@ class EventReader:
 
     def __repr__(self) -> str:
         return f"<EventReader {'ended' if self.ended else 'open'} holding {len(self.events)}>"
+
+    @property
+    def is_even(self) -> bool:
+        """Whether no event is half there, and the last wait brought one: then a `sole_event` needs nothing of this."""
+        return self._decoder.fresh and self.unskipped > 0
 
     @property
     def stray(self) -> bytes:
@@ -120,12 +126,11 @@ class EventReader:
 
         Then `await read()`, and `take` what it returns, or `fail` with what either raises of `READING_FAILED`.
         """
-        if not self._waiting:
-            self._waiting = True
-            if self.unskipped:
-                self._began = self._now()
-            # Else the last wait goes on: S2, pings in the form of events are no sign of life either.
-            self._call.waiting_since = self._began
+        if self.unskipped:
+            self.unskipped = 0
+            self.began = self._now()
+        # Else the last wait goes on: S2, pings in the form of events are no sign of life either.
+        self.call.waiting_since = self.began
 
     def take(self, data: bytes) -> None:
         """Take in what arrived; nothing is the end of the body."""
@@ -133,9 +138,9 @@ class EventReader:
             self._exchange.let_go()
             self._end(None)
             return
-        size = self._size = self._size + len(data)
-        if size > self._max_size:
-            raise _AnswerTooLargeError(f"the stream is larger than max_body_size ({self._max_size} bytes)")
+        size = self.size = self.size + len(data)
+        if size > self.max_size:
+            raise _AnswerTooLargeError(f"the stream is larger than max_body_size ({self.max_size} bytes)")
         events = self._take_other(data) if self._feed is None else self._feed(data)
         # An event has at most the bytes that came since the one before it.
         if size - self._last_event > LARGE:
@@ -158,7 +163,7 @@ class EventReader:
                 return self._decoder.feed(data)
             self.whole = True
         self._body.append(data)
-        if self._max_event is not None and self._size > self._max_event:
+        if self._max_event is not None and self.size > self._max_event:
             raise EventTooLargeError(f"the answer is larger than max_event_size ({self._max_event} bytes)")
         return []
 
@@ -168,17 +173,20 @@ class EventReader:
         self.events[:0] = events
 
     def _stop_waiting(self) -> None:
-        self._waiting = False
-        self._call.waiting_since = NEVER  # whatever is done with an event, the server is not idle meanwhile
+        self.call.waiting_since = NEVER  # whatever is done with an event, the server is not idle meanwhile
         self.unskipped = len(self.events)
-        gap = self._now() - self._began
-        if gap > self._max_gap:
-            self._max_gap = self._call.notes.max_gap = gap
+        gap = self._now() - self.began
+        if gap > self.max_gap:
+            self.note_gap(gap)
+
+    def note_gap(self, gap: float) -> None:
+        """Note down the longest wait so far, in seconds."""
+        self.max_gap = self.call.notes.max_gap = gap
 
     def fail(self, cause: Exception) -> None:
         """Hand out what had arrived when the body broke off, or a limit was met, and end."""
         # When the call has ended, whoever left the stream closed it, and nobody wants the rest.
-        broken_off = not isinstance(cause, EventTooLargeError) and self._call.notes.ended is None
+        broken_off = not isinstance(cause, EventTooLargeError) and self.call.notes.ended is None
         if broken_off and (rest := self._exchange.rescue()):
             with contextlib.suppress(EventTooLargeError):  # the break is the better reason
                 self.take(rest)
@@ -193,13 +201,13 @@ class EventReader:
                 raise _CrowdedError(f"an event of the stream {CROWDED}")
 
     def _end(self, cause: Exception | None) -> None:
-        if self._waiting:
+        if self.call.waiting_since != NEVER:
             self._stop_waiting()
         self.ended = True
         self.cause = cause
         if isinstance(cause, EventTooLargeError):
             return  # what is left is too large, or begins what is
-        if self._call.expired and self._call.notes.first_token is None:
+        if self.call.expired and self.call.notes.first_token is None:
             return  # an event without its end is no first delta that came in time
         if self.whole:
             body = without_done(b"".join(self._body))

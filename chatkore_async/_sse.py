@@ -47,19 +47,33 @@ class EventTooLargeError(Exception):
     hint: str | None = "raise Limits.max_event_size"
 
 
+def sole_event(data: bytes) -> bytes:
+    """Return the event of a segment that is one event and nothing else, as most are; nothing for any other.
+
+    That is one `data: ` line and an empty line, LF throughout.
+    """
+    # Slices and single bytes, since `find` and `startswith` take longer to parse their arguments than to look.
+    event = data[_FIELD:-2]
+    if _LF in event or _CR in event or data[:_FIELD] != b"data: " or data[-2:] != b"\n\n":
+        return b""
+    return event
+
+
 class Decoder:
     """Turns the bytes of an event stream into events.
 
     Args:
         max_event_size: bytes that one event may take while it is incomplete; `None` disables the limit. An event that
             is whole is handed out whatever its size, since its memory is spent.
+
+    Attributes:
+        fresh: whether nothing is held, and a BOM was looked for: then a `sole_event` may pass this by.
     """
 
     __slots__ = (
         "_begun",
         "_data",
         "_data_size",
-        "_fresh",
         "_line",
         "_line_size",
         "_max",
@@ -68,13 +82,14 @@ class Decoder:
         "_skip_lf",
         "_stray",
         "_tail",
+        "fresh",
     )
 
     def __init__(self, max_event_size: int | None = None) -> None:
         self._max = max_event_size
-        self._tail = b""  # the beginning of an event, not looked at yet
+        self._tail: bytes = b""  # the beginning of an event, not looked at yet
         self._short = SHORT_TAIL if max_event_size is None else min(SHORT_TAIL, max_event_size)
-        self._fresh = False  # nothing is held, and a BOM was looked for
+        self.fresh = False
         self._begun = False  # until the first bytes are seen, a BOM may come
         self._skip_lf = False  # the last segment ended in CR: an LF at the start of the next belongs to it
         self._line: list[bytes] = []  # pieces of a line that is not whole
@@ -98,16 +113,7 @@ class Decoder:
         Raises:
             EventTooLargeError: an incomplete event is larger than `max_event_size`, and no event is complete.
         """
-        # One event, alone in its segment, as most are: the end of its line and an empty line are the only line ends.
-        # Slices and single bytes, since `find` and `startswith` take longer to parse their arguments than to look.
-        if (
-            self._fresh
-            and (event := data[_FIELD:-2])
-            and _LF not in event
-            and _CR not in event
-            and data[:_FIELD] == b"data: "
-            and data[-2:] == b"\n\n"
-        ):
+        if self.fresh and (event := sole_event(data)):
             return [event]
         if not self._line and self._data is None and not self._name and not self._skip_lf:
             if self._tail:
@@ -122,9 +128,9 @@ class Decoder:
                 if data.count(b"\n", 0, end) == 2 * len(events) and b"" not in events:
                     self._tail = data[end:]
                     self._begun = True
-                    self._fresh = not self._tail
+                    self.fresh = not self._tail
                     return events
-        self._fresh = False
+        self.fresh = False
         return self._feed_lines(data)
 
     def finish(self) -> list[bytes]:

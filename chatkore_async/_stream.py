@@ -1,7 +1,7 @@
 """`ChatStream`: an answer that arrives piece by piece.
 
 What happens to one delta is kept short: the segment it came in is cut by `_sse`, its bytes are decoded into a chunk,
-the chunk is put aside for the accumulator and handed out. No task, no timer, no copy. All that is rare (errors, pings,
+the chunk is merged, or put aside for that, and handed out. No task, no timer, no copy. All that is rare (errors, pings,
 the end, forms that strict decoding refuses) is behind the one `try` or the one `if` of that way.
 """
 
@@ -16,13 +16,14 @@ from ._accumulate import OVERFLOWED, Accumulator, has_delta
 from ._call import Call
 from ._codec import MISFIT
 from ._config import Limits
+from ._deadlines import NEVER
 from ._events import READING_FAILED, EventReader
 from ._foreign import mapped, reason
 from ._hooks import logger
 from ._meta import CallMeta
 from ._protocol import DONE, not_the_api, read_completion, read_error, read_event, separated
 from ._responses import ChatCompletion, ChatCompletionChunk, Completeness
-from ._sse import EventTooLargeError
+from ._sse import EventTooLargeError, sole_event
 from ._transport import Exchange
 from ._words import MAX_BODY
 from .errors import APIError, ChatKoreError, InvalidResponseError, StreamError, StreamInterruptedError
@@ -249,7 +250,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         reader = self._reader
         if reader is None:
             return  # it was left before there was anything
-        events, pending, decode = reader.events, self._merged.pending, _codec.decode_chunk_strictly
+        call, events, read, merged = reader.call, reader.events, reader.read, self._merged
+        pending, decode, now = merged.pending, _codec.decode_chunk_strictly, call.route.now
         while self._held:
             pending.append(self._held[-1])
             yield self._held.pop()
@@ -272,23 +274,46 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                     yield rare
             if self._ended:
                 return
-            if self._done or reader.ended or self._busy:
+            if self._done or reader.ended or self._busy or not reader.is_even:
                 await self._fill()
                 continue
             if pending:
                 self._merge()
-            # The common way to wait for a delta; `_fill` is the same with two coroutines in between.
-            self._busy = True
-            try:
-                reader.begin_wait()
-                reader.take(await reader.read())
-            except READING_FAILED as cause:
-                reader.fail(cause)
-            except asyncio.CancelledError as cancelled:
-                self._leave(cancelled)
-                raise
-            finally:
-                self._busy = False
+            # Most streams come with one event a segment. From one such delta to the next there is only this.
+            while not (pending or events or self._ended or self._busy):
+                self._busy = True
+                try:
+                    reader.began = began = call.waiting_since = now()
+                    data = await read()
+                    size = reader.size + len(data)
+                    if size > reader.max_size or not (event := sole_event(data)):
+                        reader.unskipped = 0  # unless there is an event in it, the wait goes on
+                        reader.take(data)
+                        break
+                except READING_FAILED as cause:
+                    reader.fail(cause)
+                    break
+                except asyncio.CancelledError as cancelled:
+                    self._leave(cancelled)
+                    raise
+                finally:
+                    self._busy = False
+                reader.size = size
+                call.waiting_since = NEVER
+                if (gap := now() - began) > reader.max_gap:
+                    reader.note_gap(gap)
+                try:
+                    chunk = decode(event)
+                except MISFIT:
+                    events.append(event)
+                    break
+                if not chunk.choices:
+                    events.append(event)
+                    break
+                chunk._raw = event
+                if not merged.add(chunk):
+                    pending.append(chunk)
+                yield chunk
 
     def _next(self) -> ChatCompletionChunk | None:
         """Return the next chunk of what has arrived, or `None` when more has to arrive first."""

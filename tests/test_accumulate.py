@@ -583,6 +583,90 @@ def test_no_arguments_are_lost_whatever_the_pieces(deltas: list[list[JSON]]) -> 
             assert text in every.replace(" ", "")
 
 
+# One by one.
+
+
+def one_by_one(*chunks: JSON) -> tuple[Accumulator, list[bool]]:
+    """Merge chunks that come alone, as a stream does, and tell which were found to be like the one before."""
+    accumulator, alike = Accumulator(), []
+    for each in map(chunk, chunks):
+        alike.append(accumulator.add(each))
+        if not alike[-1]:
+            accumulator.pending.append(each)
+            accumulator.merge()
+    return accumulator, alike
+
+
+_HEADS = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.sampled_from(["", "c", "d"]),
+        "created": st.sampled_from([0, 7, 8]),
+        "model": st.sampled_from(["", "m"]),
+        "system_fingerprint": st.sampled_from([None, "", "fp", "fq"]),
+        "service_tier": st.sampled_from([None, "default", "flex"]),
+        "usage": st.sampled_from([None, {"total_tokens": 0}, {"total_tokens": 3}, {"total_tokens": 4}]),
+    },
+)
+_SAID = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from([None, "assistant"]),
+        "content": st.sampled_from([None, "", "a", "b"]),
+        "refusal": st.sampled_from([None, "", "no"]),
+        "reasoning_content": st.sampled_from([None, "", "hm"]),
+    },
+)
+_CHOICES = st.lists(
+    st.fixed_dictionaries(
+        {"delta": _SAID}, optional={"index": st.sampled_from([0, 1]), "finish_reason": st.sampled_from([None, "stop"])}
+    ),
+    min_size=1,
+    max_size=2,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(_HEADS, _CHOICES, st.integers(1, 5)), max_size=8))
+def test_chunks_that_come_alone_are_the_same_completion(said: list[tuple[JSON, list[JSON], int]]) -> None:
+    """Whether a chunk comes alone or with others does not show, whatever is in it."""
+    chunks = [head | {"choices": choices} for head, choices, times in said for _ in range(times)]
+    accumulator, _ = one_by_one(*chunks)
+    assert accumulator.completion() == merged(*chunks)
+    assert (accumulator.started, accumulator.finished) == (accumulated(*chunks).started, accumulated(*chunks).finished)
+
+
+def test_chunks_that_are_alike_are_merged_at_once() -> None:
+    """All but the first and the last of a common stream are; an empty text is a text."""
+    head = {"id": "c", "created": 7, "model": "m", "system_fingerprint": "fp"}
+    said = [delta(content=text) for text in ("", "a", "", "b")]
+    accumulator, alike = one_by_one(
+        *(
+            head | each
+            for each in (delta(role="assistant"), *said, delta(), delta(content="c"), delta(finish_reason="stop"))
+        )
+    )
+    assert alike == [False, False, True, True, True, False, True, False]
+    assert accumulator.completion().text == "abc"
+    assert accumulator.finished
+
+
+def test_what_never_is_alike_is_not_compared_for_ever() -> None:
+    """A relay that gives each chunk an id of its own costs no more than a few vain attempts."""
+    accumulator, alike = one_by_one(*({"id": str(number)} | delta(content="x") for number in range(20)))
+    assert not any(alike)
+    assert accumulator._alike is None
+    assert accumulator.completion().text == "x" * 20
+
+
+def test_a_change_now_and_then_is_borne() -> None:
+    """A time that changes from second to second makes one chunk of many a different one."""
+    times = [number // 10 for number in range(500)]
+    accumulator, alike = one_by_one(*({"created": time} | delta(content="x") for time in times))
+    assert alike.count(False) == 50
+    assert accumulator.completion().text == "x" * 500
+
+
 # What a stream asks of it.
 
 

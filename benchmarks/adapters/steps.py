@@ -50,9 +50,8 @@ class Pooled:
         route, notes = self._client._route(settings), Notes(started=0.0, began=0.0)
         pool = route.pool
         pool.slots.take()
-        exchange = pool.answered(await route.request(outgoing, None), None, notes)
-        body = exchange.read_nowait()
-        assert body is not None
+        body = pool.answered(await route.request(outgoing, None), None, notes, whole=True)
+        assert isinstance(body, bytes)
         return read_completion(notes, body).text
 
 
