@@ -74,9 +74,9 @@ _EVERY = (
         unit="µs",
         loops=LOOPS,
         rounds=5,
-        turns=10,
+        turns=60,
         peer_turns=5,
-        points=(Point(concurrency=64, count=768, peers=192),),
+        points=(Point(concurrency=64, count=128, peers=192),),
         quick=True,
     ),
     Row(
@@ -99,9 +99,9 @@ _EVERY = (
         measure="cpu",
         unit="µs",
         rounds=5,
-        turns=10,
+        turns=60,
         peer_turns=5,
-        points=(Point(concurrency=1, count=60, peers=4),),
+        points=(Point(concurrency=1, count=10, peers=4),),
         quick=True,
     ),
     Row(

@@ -131,8 +131,11 @@ class Accumulator:
 
     def merge(self) -> None:
         """Merge what is pending."""
-        pending, head, choices = self.pending, self._head, self._choices
+        pending, head = self.pending, self._head
         fingerprint: str | None = None
+        last: int | None = None  # the choice that `so_far` is, since the next chunk is of the same nearly always
+        so_far = _NO_CHOICE
+        add_content = so_far.content.append
         for chunk in pending if not self.overflowed else ():
             if not self._has_head:
                 self._take_head(chunk)
@@ -142,14 +145,14 @@ class Accumulator:
                 head.service_tier = chunk.service_tier
             fingerprint = chunk.system_fingerprint or fingerprint
             for choice in chunk.choices:
-                so_far = choices.get(choice.index)
-                if so_far is None:
-                    so_far = choices[choice.index] = _ChoiceSoFar()
-                    self._parts += 1
+                index = choice.index
+                if index != last:
+                    last, so_far = index, self._choice(index)
+                    add_content = so_far.content.append
                 delta = choice.delta
-                if delta.content is not None:
-                    so_far.content.append(delta.content)
-                    so_far.started = True
+                content = delta.content
+                if content is not None:
+                    add_content(content)
                 if (
                     choice.finish_reason is not None
                     or delta.role is not None
@@ -169,6 +172,13 @@ class Accumulator:
         if len(pending) == 1 and not self.overflowed:
             self._compare_with(pending[0])
         pending.clear()  # and not a new list: a stream has this one at hand
+
+    def _choice(self, index: int) -> "_ChoiceSoFar":
+        so_far = self._choices.get(index)
+        if so_far is None:
+            so_far = self._choices[index] = _ChoiceSoFar()
+            self._parts += 1
+        return so_far
 
     def _take_head(self, chunk: ChatCompletionChunk) -> None:
         """C1: the first id, model and time that are not empty win."""
@@ -226,6 +236,7 @@ class _ChoiceSoFar:
     """One choice while it grows."""
 
     __slots__ = (
+        "_started",
         "annotations",
         "audio",
         "content",
@@ -236,12 +247,11 @@ class _ChoiceSoFar:
         "reasoning_name",
         "refusal",
         "role",
-        "started",
         "tool_calls",
     )
 
     def __init__(self) -> None:
-        self.started = False
+        self._started = False
         self.role = ""
         self.content: list[str] = []
         self.reasoning: list[str] = []
@@ -254,25 +264,30 @@ class _ChoiceSoFar:
         self.annotations: list[Annotation] = []
         self.audio: _AudioSoFar | None = None
 
+    @property
+    def started(self) -> bool:
+        """Whether it said anything, if only an empty text."""
+        return self._started or bool(self.content)
+
     def add_rest(self, choice: ChunkChoice) -> int:
         """Take in what a delta has beside its content, and return how many parts it brought that are no text."""
         delta, parts = choice.delta, 0
         if choice.finish_reason is not None:
             self.finish_reason = self.finish_reason or choice.finish_reason  # C9: once seen, it stays
-            self.started = True
+            self._started = True
         if delta.role is not None:
             self.role = self.role or delta.role
-            self.started = True
+            self._started = True
         if delta.reasoning_content is not None:
             self.reasoning.append(delta.reasoning_content)
             if self.reasoning_name is None:
                 self.reasoning_name = getattr(delta, "_reasoning_name", None)
-            self.started = True
+            self._started = True
         if delta.tool_calls is not None:
             if self.tool_calls is None:
                 self.tool_calls = _ToolCalls()
             parts += self.tool_calls.add(delta.tool_calls)
-            self.started = True
+            self._started = True
         if choice.logprobs is not None:
             parts += self._add_logprobs(choice.logprobs)
         if delta.refusal is not None or delta.function_call or delta.annotations or delta.audio:
@@ -280,7 +295,7 @@ class _ChoiceSoFar:
         return parts
 
     def _add_rare(self, delta: ChoiceDelta) -> int:
-        self.started = True
+        self._started = True
         if delta.refusal is not None:
             self.refusal.append(delta.refusal)
         if delta.function_call is not None:
@@ -328,6 +343,9 @@ def _joined(pieces: list[str]) -> str | None:
     if len(pieces) > 1:
         pieces[:] = ["".join(pieces)]
     return pieces[0] if pieces else None
+
+
+_NO_CHOICE = _ChoiceSoFar()
 
 
 class _AudioSoFar:

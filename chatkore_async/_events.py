@@ -106,6 +106,11 @@ class EventReader:
         return self._decoder.fresh and self.unskipped > 0
 
     @property
+    def has_names(self) -> bool:
+        """Whether any event so far had a name."""
+        return self._decoder.named
+
+    @property
     def stray(self) -> bytes:
         """Lines that were no fields: where relays put an error after the fact (S3)."""
         return self._decoder.stray

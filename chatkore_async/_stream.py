@@ -256,6 +256,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             pending.append(self._held[-1])
             yield self._held.pop()
         while True:
+            named = reader.has_names
             while events:
                 data = events.pop()
                 try:
@@ -263,7 +264,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 except MISFIT:
                     pass
                 else:
-                    if chunk.choices and type(data) is bytes:
+                    if chunk.choices and not (named and type(data) is not bytes):
                         chunk._raw = data
                         pending.append(chunk)
                         yield chunk
