@@ -5,6 +5,7 @@ record of anything but a few numbers; the structs of `CallMeta` are made from th
 """
 
 import asyncio
+import functools
 import inspect
 import logging
 import os
@@ -136,11 +137,7 @@ class Call(Deadline):
             if waited is not None:
                 self._fail_attempt(error)
                 raise
-
-            def attempt(waited: float) -> Awaitable[T]:
-                return self.ask(read, is_whole, waited)
-
-            return await self._recover(error, attempt)
+            return await self._recover(error, functools.partial(self.ask, read, is_whole))
 
     async def open(self, receive: Receive, waited: float | None = None) -> None:
         """Make attempts until `receive` opened a stream, or none is left.
@@ -170,11 +167,7 @@ class Call(Deadline):
             if waited is not None:
                 self._fail_attempt(error)
                 raise
-
-            def attempt(waited: float) -> Awaitable[None]:
-                return self.open(receive, waited)
-
-            await self._recover(error, attempt)
+            await self._recover(error, functools.partial(self.open, receive))
 
     async def _admission(self) -> tuple[Mapping[str, str] | None, Slots | None]:
         """Do all that an attempt needs before it is sent: its headers, the limiter's leave, a place.

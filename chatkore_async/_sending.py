@@ -42,6 +42,12 @@ class Request(aiohttp.ClientRequest):
     def update_auto_headers(self, skip_auto_headers: Any) -> None:
         """Add nothing: the session has all of them."""
 
+    def update_content_encoding(self, data: Any) -> None:
+        """Look for nothing: bodies are not compressed."""
+
+    def update_auth(self, auth: Any, trust_env: bool = False) -> None:  # noqa: FBT001, FBT002 - aiohttp's
+        """Look for nothing: the key is a header."""
+
 
 class TogetherRequest(Request):
     """A request of a session whose connector has `Writings`, by which it is written."""
