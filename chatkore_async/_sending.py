@@ -113,8 +113,11 @@ class Writings:
                     waits_for: Any = coroutine.send(None)
                 except StopIteration:
                     continue
-                # It handed all of its bytes to the transport, which has more than enough now, and waits for that.
-                waits_for.add_done_callback(functools.partial(self._add, coroutine))
+                # The transport has all of its bytes and more than enough of them, or the server is to say "continue".
+                if waits_for is None:
+                    self._loop.call_soon(self._add, coroutine)
+                else:
+                    waits_for.add_done_callback(functools.partial(self._add, coroutine))
         finally:
             if due:  # somebody pressed Ctrl-C: those who go on have their requests written
                 self._loop.call_soon(self._write)

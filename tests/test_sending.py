@@ -1,6 +1,7 @@
 """A request's headers, and requests that are written together by nobody's task."""
 
 import asyncio
+import functools
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -22,8 +23,8 @@ class Loop:
     def __init__(self) -> None:
         self.soon: list[Callable[[], None]] = []
 
-    def call_soon(self, callback: Callable[[], None]) -> None:
-        self.soon.append(callback)
+    def call_soon(self, callback: Callable[..., None], *args: object) -> None:
+        self.soon.append(functools.partial(callback, *args))
 
     def end_turn(self) -> None:
         soon, self.soon = self.soon, []
@@ -232,6 +233,35 @@ def test_what_waits_goes_on_when_that_is_over(loop: Loop, writings: Writings) ->
     loop.end_turn()
     assert done == ["begun", "b", "over"]
     running.close()
+
+
+def test_what_lets_others_go_first_has_its_turn_after_them(loop: Loop, writings: Writings) -> None:
+    """Waiting for nothing is waiting for the next turn."""
+    done: list[str] = []
+
+    async def stepping_back() -> None:
+        done.append("begun")
+        await asyncio.sleep(0)
+        done.append("over")
+
+    writings._add(stepping_back())
+    writings._add(noting(done, "b"))
+    loop.end_turn()
+    assert done == ["begun", "b"]
+    while loop.soon:
+        loop.end_turn()
+    assert done == ["begun", "b", "over"]
+
+
+async def test_a_server_that_is_asked_whether_to_go_on(server: ChatKoreServer) -> None:
+    """The body follows when the server says so."""
+    async with AsyncChatKore(
+        api_key="k", base_url=server.base_url, default_headers={"Expect": "100-continue"}
+    ) as client:
+        async with asyncio.timeout(10):
+            assert (await client.chat.completions.create(**ASK)).text
+        assert client.pool.in_use == 0
+    assert server.requests[-1].json == ASK
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError()])
