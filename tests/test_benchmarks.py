@@ -236,6 +236,18 @@ async def test_a_step_that_only_calls_hands_out_what_the_server_sent() -> None:
         await client.close()
 
 
+def test_bytecodes_are_counted_and_hardly_differ() -> None:
+    """A change can be tried without a clock. In a process of its own, since it takes the place of a tracer."""
+    command = [sys.executable, "-m", "benchmarks.bytecodes", "bare", "--only", "burst", "--functions", "3"]
+    first, second = (subprocess.check_output(command, cwd=runner.ROOT, text=True).splitlines() for _ in range(2))
+    assert first[0] == "| bytecodes of one (asyncio) | burst |"
+    (name, counted), (_, again) = ([cell.strip() for cell in lines[2].split("|")[1:3]] for lines in (first, second))
+    assert name == "bare"
+    assert int(counted) == pytest.approx(int(again), abs=3)  # a segment more or less of some thousand deltas
+    assert "bare, burst:" in first
+    assert sum("(bare.py:" in line for line in first) >= 1
+
+
 def test_the_steps_lead_to_the_client() -> None:
     """Each row of them can be measured, and ends with the whole client."""
     for row, found in steps.STEPS.items():
