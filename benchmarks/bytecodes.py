@@ -50,6 +50,7 @@ class Tracer:
         self.entered: Counter[CodeType] = Counter()
 
     def start(self) -> None:
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for this once, when tracing begins
         sys.settrace(self._enter)
 
     def stop(self) -> None:
