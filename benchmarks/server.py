@@ -5,7 +5,7 @@ where something else is said.
 
     /call/…          the completion
     /later/…         the completion after one second
-    /paced/N/…       a stream of N deltas, one a segment, every 2 ms
+    /paced/N/…       a stream of N deltas, one a segment, every 5 ms
     /burst/N/…       the same, in one write
     /long/N/…        the same, a hundred events to a write, as fast as the client reads
     /held/N/…        streamed: the first deltas up to a text, and the rest when told; not streamed: nothing until told
@@ -28,7 +28,7 @@ from typing import cast
 
 from benchmarks import answers, machine
 
-INTERVAL = 0.005  # seconds between the events of a paced stream: what no core of today is too slow for
+INTERVAL = 0.005  # seconds between the events of a paced stream: a slow core reads a hundred of these one by one
 DELAY = 1.0  # seconds until a late answer
 PORTS = 12
 BACKLOG = 16384

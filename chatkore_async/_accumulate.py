@@ -37,9 +37,10 @@ one log probability for each.
 """
 
 PATIENCE = 8
-"""How often a chunk is made to compare others with although fewer than `WORTHWHILE` were like the last of these."""
+"""How often a chunk to compare others with is made in vain; where chunks always differ, there is none after that."""
 
-WORTHWHILE = 3
+FEW_ALIKE = 3
+"""It was in vain when fewer chunks than these were like it."""
 
 OVERFLOWED = f"has more than {MAX_PARTS:,} choices, tool calls, annotations and log probabilities"
 
@@ -118,7 +119,7 @@ class Accumulator:
 
     def _compare_with(self, chunk: ChatCompletionChunk) -> None:
         """Have chunks compared with this one, if it has nothing but a text."""
-        if self._alike is not None and len(self._pieces) - self._before < WORTHWHILE:
+        if self._alike is not None and len(self._pieces) - self._before < FEW_ALIKE:
             self._patience -= 1
         self._alike = None
         if self._patience and len(chunk.choices) == 1 and chunk.usage is None:
