@@ -36,16 +36,10 @@ Each is an object of a hundred to seven hundred bytes here, and a handful on the
 one log probability for each.
 """
 
-PATIENCE = 8
-"""How often a chunk to compare others with is made in vain; where chunks always differ, there is none after that."""
-
-FEW_ALIKE = 3
-"""It was in vain when fewer chunks than these were like it."""
-
 OVERFLOWED = f"has more than {MAX_PARTS:,} choices, tool calls, annotations and log probabilities"
 
 _NO_TOKENS = Usage()
-_NO_DELTA = ChoiceDelta()
+_NOTHING_SAID = [ChunkChoice(index=0)]
 
 
 def has_delta(chunk: ChatCompletionChunk) -> bool:
@@ -73,15 +67,13 @@ class Accumulator:
     """
 
     __slots__ = (
-        "_alike",
-        "_alike_delta",
-        "_before",
         "_choices",
+        "_fingerprint",
         "_has_head",
         "_head",
         "_parts",
-        "_patience",
-        "_pieces",
+        "_texts",
+        "_tier",
         "overflowed",
         "pending",
         "usage",
@@ -95,40 +87,35 @@ class Accumulator:
         self.usage: Usage | None = None
         self._parts = 0
         self.overflowed = False
-        # What `add` compares with, its delta, the texts of its choice, and how many these were when it was made.
-        self._alike: ChatCompletionChunk | None = None
-        self._alike_delta = _NO_DELTA
-        self._pieces: list[str] = []
-        self._before = 0
-        self._patience = PATIENCE
+        # For `add`: where texts of the first choice go, once there is one, and what the last chunk said beside.
+        self._texts: list[str] | None = None
+        self._fingerprint: str | None = None
+        self._tier: str | None = None
 
     def add(self, chunk: ChatCompletionChunk) -> bool:
-        """Merge a chunk that is like the last one but for its text, or answer that it is not.
+        """Merge a chunk that has nothing new but a text of the first choice, or answer that it has.
 
-        To compare all else at once, in C, takes longer than to look at one field after another, as `merge` does; but
-        only where that is in the processor's caches, and what comes alone is not. Nothing may be pending.
+        The shortest way for what comes alone, as most deltas do: what it needs of the stream is in few places, since
+        none of them is in the processor's caches. Nothing may be pending.
         """
-        alike = self._alike
-        if alike is None:
+        choices = chunk.choices
+        delta = choices[0].delta
+        text = delta.content
+        delta.content = None  # so that all the rest is compared at once
+        has_more = choices != _NOTHING_SAID
+        delta.content = text
+        texts = self._texts
+        if (
+            has_more
+            or text is None
+            or texts is None
+            or chunk.system_fingerprint != self._fingerprint
+            or chunk.service_tier != self._tier
+            or chunk.usage is not None
+        ):
             return False
-        text = self._alike_delta.content = chunk.choices[0].delta.content
-        if text is None or chunk != alike:
-            return False
-        self._pieces.append(text)
+        texts.append(text)
         return True
-
-    def _compare_with(self, chunk: ChatCompletionChunk) -> None:
-        """Have chunks compared with this one, if it has nothing but a text."""
-        if self._alike is not None and len(self._pieces) - self._before < FEW_ALIKE:
-            self._patience -= 1
-        self._alike = None
-        if self._patience and len(chunk.choices) == 1 and chunk.usage is None:
-            choice = chunk.choices[0]
-            delta = ChoiceDelta(content=choice.delta.content)
-            if choice == (alike := ChunkChoice(index=choice.index, delta=delta)):
-                self._alike, self._alike_delta = msgspec.structs.replace(chunk, choices=[alike]), delta
-                self._pieces = self._choices[choice.index].content
-                self._before = len(self._pieces)
 
     def merge(self) -> None:
         """Merge what is pending."""
@@ -170,8 +157,9 @@ class Accumulator:
             head.system_fingerprint = fingerprint
         if self._parts > MAX_PARTS:
             self.overflowed = True
-        if len(pending) == 1 and not self.overflowed:
-            self._compare_with(pending[0])
+        if pending and self._has_head and 0 in self._choices:
+            self._texts = self._choices[0].content
+            self._fingerprint, self._tier = pending[-1].system_fingerprint, pending[-1].service_tier
         pending.clear()  # and not a new list: a stream has this one at hand
 
     def _choice(self, index: int) -> "_ChoiceSoFar":

@@ -47,7 +47,8 @@ class EventReader:
         ended: whether the body ended, or broke off.
         cause: why it broke off, or `None` when it just ended.
         whole: whether the body is no event stream, but one event.
-        size, max_size: bytes so far, and how many there may be.
+        content: the body's reader; `content.total_bytes` is how many bytes came so far.
+        max_size: how many there may be.
         began: when the wait began, in the event loop's time.
         max_gap: the longest wait so far, in seconds.
         unskipped: how many events of the last wait were no pings; whoever skips one takes it off.
@@ -66,12 +67,12 @@ class EventReader:
         "began",
         "call",
         "cause",
+        "content",
         "ended",
         "events",
         "max_gap",
         "max_size",
         "read",
-        "size",
         "unskipped",
         "whole",
     )
@@ -83,11 +84,11 @@ class EventReader:
         self.max_size = math.inf if limits.max_body_size is None else limits.max_body_size
         self._decoder = Decoder(limits.max_event_size)
         self._now = call.route.now
+        self.content = exchange.content
         self.read = exchange.content.readany
         self.began = 0.0
         self.max_gap = -1.0
         self.unskipped = 1  # the first wait has none to go on with
-        self.size = 0
         self._last_event = 0  # bytes so far when there was an event last
         self._feed: Callable[[bytes], list[bytes]] | None = None  # the decoder's, once this is an event stream
         self._blank: bytes | None = b""  # what came before the first byte that tells what the body is
@@ -143,7 +144,7 @@ class EventReader:
             self._exchange.let_go()
             self._end(None)
             return
-        size = self.size = self.size + len(data)
+        size = self.content.total_bytes
         if size > self.max_size:
             raise _AnswerTooLargeError(f"the stream is larger than max_body_size ({self.max_size} bytes)")
         events = self._take_other(data) if self._feed is None else self._feed(data)
@@ -168,7 +169,7 @@ class EventReader:
                 return self._decoder.feed(data)
             self.whole = True
         self._body.append(data)
-        if self._max_event is not None and self.size > self._max_event:
+        if self._max_event is not None and self.content.total_bytes > self._max_event:
             raise EventTooLargeError(f"the answer is larger than max_event_size ({self._max_event} bytes)")
         return []
 

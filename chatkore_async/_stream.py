@@ -250,7 +250,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         reader = self._reader
         if reader is None:
             return  # it was left before there was anything
-        call, events, read, merged = reader.call, reader.events, reader.read, self._merged
+        call, events, content, read, merged = reader.call, reader.events, reader.content, reader.read, self._merged
         pending, decode, now = merged.pending, _codec.decode_chunk_strictly, call.route.now
         while self._held:
             pending.append(self._held[-1])
@@ -282,16 +282,16 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 self._merge()
             # Most streams come with one event a segment. From one such delta to the next there is only this.
             while not (pending or events or self._ended or self._busy):
+                began = call.waiting_since = now()
                 self._busy = True
                 try:
-                    reader.began = began = call.waiting_since = now()
                     data = await read()
-                    size = reader.size + len(data)
-                    if size > reader.max_size or not (event := sole_event(data)):
-                        reader.unskipped = 0  # unless there is an event in it, the wait goes on
+                    if content.total_bytes > reader.max_size or not (event := sole_event(data)):
+                        reader.began, reader.unskipped = began, 0  # unless there is an event in it, the wait goes on
                         reader.take(data)
                         break
                 except READING_FAILED as cause:
+                    reader.began = began
                     reader.fail(cause)
                     break
                 except asyncio.CancelledError as cancelled:
@@ -299,7 +299,6 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                     raise
                 finally:
                     self._busy = False
-                reader.size = size
                 call.waiting_since = NEVER
                 if (gap := now() - began) > reader.max_gap:
                     reader.note_gap(gap)

@@ -587,14 +587,14 @@ def test_no_arguments_are_lost_whatever_the_pieces(deltas: list[list[JSON]]) -> 
 
 
 def one_by_one(*chunks: JSON) -> tuple[Accumulator, list[bool]]:
-    """Merge chunks that come alone, as a stream does, and tell which were found to be like the one before."""
-    accumulator, alike = Accumulator(), []
+    """Merge chunks that come alone, as a stream does, and tell which were found to have nothing but a text."""
+    accumulator, at_once = Accumulator(), []
     for each in map(chunk, chunks):
-        alike.append(accumulator.add(each))
-        if not alike[-1]:
+        at_once.append(accumulator.add(each))
+        if not at_once[-1]:
             accumulator.pending.append(each)
             accumulator.merge()
-    return accumulator, alike
+    return accumulator, at_once
 
 
 _HEADS = st.fixed_dictionaries(
@@ -636,35 +636,54 @@ def test_chunks_that_come_alone_are_the_same_completion(said: list[tuple[JSON, l
     assert (accumulator.started, accumulator.finished) == (accumulated(*chunks).started, accumulated(*chunks).finished)
 
 
-def test_chunks_that_are_alike_are_merged_at_once() -> None:
-    """All but the first and the last of a common stream are; an empty text is a text."""
-    head = {"id": "c", "created": 7, "model": "m", "system_fingerprint": "fp"}
+_HEAD = {"id": "c", "created": 7, "model": "m", "system_fingerprint": "fp", "service_tier": "default"}
+
+
+def test_what_has_nothing_but_a_text_is_merged_at_once() -> None:
+    """All but the first and the last of a common stream have; an empty text is a text."""
     said = [delta(content=text) for text in ("", "a", "", "b")]
-    accumulator, alike = one_by_one(
+    accumulator, at_once = one_by_one(
         *(
-            head | each
+            _HEAD | each
             for each in (delta(role="assistant"), *said, delta(), delta(content="c"), delta(finish_reason="stop"))
         )
     )
-    assert alike == [False, False, True, True, True, False, True, False]
+    assert at_once == [False, True, True, True, True, False, True, False]
     assert accumulator.completion().text == "abc"
     assert accumulator.finished
 
 
-def test_what_never_is_alike_is_not_compared_for_ever() -> None:
-    """A relay that gives each chunk an id of its own costs no more than a few vain attempts."""
-    accumulator, alike = one_by_one(*({"id": str(number)} | delta(content="x") for number in range(20)))
-    assert not any(alike)
-    assert accumulator._alike is None
-    assert accumulator.completion().text == "x" * 20
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"system_fingerprint": "other"},
+        {"service_tier": "flex"},
+        {"usage": {"total_tokens": 3}},
+        delta(content="b", role="assistant"),
+        delta(content="b", reasoning_content="hm"),
+        delta(content="b", finish_reason="stop"),
+        delta(content="b", index=1),
+        {"choices": [*delta(content="b")["choices"], *delta(content="c", index=1)["choices"]]},
+    ],
+)
+def test_what_has_more_than_a_text_is_not(more: JSON) -> None:
+    """Nothing is lost of it; and what was looked at is as it was."""
+    chunks = [_HEAD | delta(content="a"), _HEAD | delta(content="b") | more]
+    accumulator, at_once = one_by_one(*chunks)
+    assert at_once == [False, False]
+    assert accumulator.completion() == merged(*chunks)
+    refused = chunk(chunks[1])
+    accumulator.add(refused)
+    assert refused == chunk(chunks[1])
 
 
-def test_a_change_now_and_then_is_borne() -> None:
-    """A time that changes from second to second makes one chunk of many a different one."""
-    times = [number // 10 for number in range(500)]
-    accumulator, alike = one_by_one(*({"created": time} | delta(content="x") for time in times))
-    assert alike.count(False) == 50
-    assert accumulator.completion().text == "x" * 500
+def test_an_id_of_its_own_makes_no_difference() -> None:
+    """C1: the first id, model and time that are not empty win, so that those of later chunks need no look."""
+    accumulator, at_once = one_by_one(
+        *(_HEAD | {"id": str(number), "created": 7 + number} | delta(content="x") for number in range(20))
+    )
+    assert at_once == [False, *[True] * 19]
+    assert (accumulator.completion().id, accumulator.completion().text) == ("0", "x" * 20)
 
 
 # What a stream asks of it.

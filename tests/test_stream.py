@@ -413,6 +413,17 @@ async def test_a_truncated_stream_is_an_error(completions, server: ChatKoreServe
     assert server.request_count == 1
 
 
+async def test_the_silence_before_a_break_is_a_gap_as_well(completions, server: ChatKoreServer) -> None:
+    """The longest wait is told whether an event or the end of the connection ended it."""
+    pause = Pause(0.2)
+    server.script(events(delta("a"), pause, delta("b"), pause, delta("c"), pause, Cut()))
+    with pytest.raises(StreamInterruptedError) as caught:
+        async for _ in completions.stream(**ASK):
+            pass
+    assert caught.value.partial.text == "abc"
+    assert 0.1 < caught.value.meta.timings.max_gap < 0.4
+
+
 async def test_truncation_is_told_by_completeness(completions, server: ChatKoreServer) -> None:
     """`completeness` is "truncated" after a cut, a stall, and an error in the middle alike."""
     for end in ((Cut(),), (data({"error": {"message": "x"}}),)):
