@@ -13,6 +13,7 @@ from typing import BinaryIO, TypeAlias
 
 from ._batch_lines import MAX_LINE, LineError, read_result
 from ._hooks import logger
+from ._json import BOM
 from .errors import BatchError
 
 if sys.platform == "win32":  # pragma: no cover
@@ -70,7 +71,7 @@ class Input:
             while line := plain.readline(MAX_LINE + 1):
                 number += 1
                 if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+                    line = line.removeprefix(BOM)
                 if len(line) > MAX_LINE:
                     raise BatchError(f"{self.name}, line {number}: it is longer than {MAX_LINE} bytes")
                 if not line.isspace():

@@ -12,6 +12,7 @@ from ._call import Call
 from ._codec import LARGE, is_crowded
 from ._config import Limits
 from ._deadlines import NEVER
+from ._json import BOM
 from ._protocol import CROWDED, begins_event_stream, is_whole, without_done
 from ._sse import Decoder, EventTooLargeError
 from ._transport import FOREIGN, Exchange
@@ -160,7 +161,7 @@ class EventReader:
         """Take in the beginning of a body, or a part of one that is no event stream."""
         if self._blank is not None:
             data = self._blank + data
-            if not data.removeprefix(b"\xef\xbb\xbf").strip() and len(data) < _BLANK_LIMIT:
+            if not data.removeprefix(BOM).strip() and len(data) < _BLANK_LIMIT:
                 self._blank = data
                 return []
             self._blank = None

@@ -7,6 +7,13 @@ from typing import Any, NoReturn, cast
 
 import msgspec
 
+BOM = b"\xef\xbb\xbf"
+"""What some servers and editors begin UTF-8 with.
+
+It is taken off by hand: Python opens a file when the codec `utf-8-sig` is first used, and there may be no descriptor
+left when the first error is read.
+"""
+
 # Every escape is matched, so that the backslash of `\\ud800`, which is none, is not taken for the start of one.
 _ESCAPE = r"(?s)\\(?:u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(u[dD][89a-fA-F][\da-fA-F]{2})|.)"
 
@@ -20,7 +27,7 @@ def parse(data: bytes) -> object:
     Raises:
         ValueError: it is not JSON, or nested too deeply to be an answer.
     """
-    text = data.decode("utf-8-sig", "replace").strip()
+    text = data.removeprefix(BOM).decode("utf-8", "replace").strip()
     try:
         return cast("object", msgspec.json.decode(text))
     except (msgspec.DecodeError, RecursionError) as error:

@@ -10,6 +10,7 @@ from ._accumulate import OVERFLOWED, Accumulator, has_delta
 from ._classify import classify
 from ._codec import LARGE, NotJSONError, decode_completion_strictly
 from ._headers import plain_headers, request_id
+from ._json import BOM
 from ._notes import Head
 from ._responses import ChatCompletion, ChatCompletionChunk, Model
 from ._words import MAX_BODY, is_page, masked, one_line, page_title
@@ -182,7 +183,7 @@ def _text(head: Head, body: bytes) -> str:
 
 def begins_event_stream(data: bytes) -> bool:
     """Tell from its first bytes whether a body is an event stream; JSON and HTML are not (S12)."""
-    return not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"{", b"[", b"<"))
+    return not data.removeprefix(BOM).lstrip().startswith((b"{", b"[", b"<"))
 
 
 def without_done(body: bytes) -> bytes:
@@ -192,7 +193,7 @@ def without_done(body: bytes) -> bytes:
 
 
 def _looks_like_events(body: bytes) -> bool:
-    start = body.removeprefix(b"\xef\xbb\xbf").lstrip()
+    start = body.removeprefix(BOM).lstrip()
     return start.startswith((b"data:", b"event:", b":", b"id:", b"retry:", b"error:"))
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import msgspec
 
 from . import _tolerant
+from ._json import BOM
 from ._words import MAX_BODY, as_object, is_page, page_title
 
 MAX_DEPTH = 64
@@ -54,7 +55,7 @@ def _documents(body: bytes) -> Iterator[object]:
         pass
     else:
         return
-    text = re.sub(r"\r\n?", "\n", body[:MAX_BODY].decode("utf-8-sig", "replace"))
+    text = re.sub(r"\r\n?", "\n", body[:MAX_BODY].removeprefix(BOM).decode("utf-8", "replace"))
     text = re.sub(r"^(?:data|error):[ \t]*", "", text, flags=re.MULTILINE)
     at = 0
     for _ in range(_MAX_DOCUMENTS):

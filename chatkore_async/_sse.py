@@ -17,7 +17,8 @@ its own; an event without a name whose data is empty is a ping, and skipped; a l
 end of the stream, where it may turn out to be a bare JSON error; the end of the body ends an event as well.
 """
 
-_BOM = b"\xef\xbb\xbf"
+from ._json import BOM
+
 _FIELD = len(b"data: ")
 _LF, _CR = 10, 13
 
@@ -192,13 +193,13 @@ class Decoder:
         data = b"".join([*self._line, data])
         self._line.clear()
         self._line_size = 0
-        if len(data) < len(_BOM) and _BOM.startswith(data):
+        if len(data) < len(BOM) and BOM.startswith(data):
             if data:
                 self._line.append(data)
                 self._line_size = len(data)
             return b""
         self._begun = True
-        return data.removeprefix(_BOM)
+        return data.removeprefix(BOM)
 
     def _take_line(self, line: bytes, events: list[bytes]) -> None:
         if not line:

@@ -3,6 +3,8 @@
 import re
 from typing import Any, cast
 
+from ._json import BOM
+
 MAX_BODY = 64 * 1024
 """Bytes of an error's body that are read, and characters that are kept (E9)."""
 
@@ -15,7 +17,7 @@ MIN_KEY = 6
 # E1: relays append their own id, once per relay in the chain.
 _RELAYS_ID = r"(?i) ?[(（] ?request[ _-]?id ?[:：] ?([^()（） ]{1,200}) ?[)）]"
 
-_KEY_ECHO = re.compile(r"\bsk-[\w*.-]{3,}")
+_KEY_ECHO = r"\bsk-[\w*.-]{3,}"
 
 
 def as_object(value: object) -> dict[str, Any] | None:
@@ -27,7 +29,7 @@ def masked(value: Any, secret: str) -> Any:
     """Return a JSON value without keys: `secret` itself, and whatever looks like one."""
     if isinstance(value, str):
         # What is too short for a key is the dummy of a server that wants none ("test"), and part of many words.
-        return _KEY_ECHO.sub("sk-***", value.replace(secret, "***") if len(secret) >= MIN_KEY else value)
+        return re.sub(_KEY_ECHO, "sk-***", value.replace(secret, "***") if len(secret) >= MIN_KEY else value)
     if isinstance(value, list):
         return [masked(item, secret) for item in cast("list[object]", value)]
     if (found := as_object(value)) is not None:
@@ -50,14 +52,12 @@ def one_line(text: str, secret: str = "") -> str:
 
 def is_page(body: bytes) -> bool:
     """Tell whether a body is a web page."""
-    start = body[:1000].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    start = body[:1000].removeprefix(BOM).lstrip().lower()
     return start.startswith(b"<") and (b"<html" in start or b"<!doctype" in start)
 
 
 def page_title(body: bytes) -> str:
     """Return the title of a web page; of one without, as HAProxy's, its words from the first heading on; or `""`."""
-    import html  # a list of two thousand names, which most processes never need
-
     body = body[:MAX_BODY]
     page = body.lower()
     start = page.find(b"<title")
@@ -67,4 +67,9 @@ def page_title(body: bytes) -> str:
     else:
         start = page.find(b"<h1")
         words = b"" if start < 0 else re.sub(rb"<[^<>]*>", b" ", body[start:])
-    return html.unescape(words.decode("utf-8", "replace"))
+    text = words.decode("utf-8", "replace")
+    try:
+        import html  # a list of two thousand names, which most processes never need
+    except OSError:  # no file can be opened, which may be what all this is about
+        return text
+    return html.unescape(text)

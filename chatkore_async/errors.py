@@ -67,7 +67,7 @@ __all__ = [
     "UnprocessableEntityError",
 ]
 
-_LABEL = re.compile(r"[\w.-]{1,64}")
+_LABEL = r"[\w.-]{1,64}"
 
 Phase = Literal["queue", "pool", "connect", "answer", "first_token", "idle", "total"]
 
@@ -235,7 +235,7 @@ class APIStatusError(APIError):
     def _headline(self) -> str:
         for label in (self.code, self.type):
             # The status again says nothing new; a URL (RFC 9457) or a sentence is no label.
-            if label and label != str(self.status_code) and _LABEL.fullmatch(label):
+            if label and label != str(self.status_code) and re.fullmatch(_LABEL, label):
                 return f"{self.status_code} {label}: {self.message}"
         return f"{self.status_code}: {self.message}"
 

@@ -1,7 +1,9 @@
 """What failed, and may it be repeated: the table of `wire.md` §1, row by row, and the retry table of the contract."""
 
+import errno
 import json
 import pickle
+import sys
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -304,6 +306,19 @@ def test_x_should_retry_overrides_the_status(status: int, value: object, overrid
 def test_the_message_is_one_readable_line(value: object, message: str) -> None:
     """Whatever the form, a reader sees one line: the server's words, a page's title, or that there were none."""
     assert failure(400, value).message == message
+
+
+def test_a_title_is_read_when_no_file_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of entities are in a file, which is read at the first page; without it they stay as they are."""
+
+    class NoFiles:
+        def find_spec(self, name: str, *_: object) -> None:
+            raise OSError(errno.EMFILE, f"too many open files: {name}")
+
+    for name in ("html", "html.entities"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NoFiles()])
+    assert failure(502, "<html><title>Bad &amp; Gateway</title>").message == "Bad &amp; Gateway"
 
 
 def test_a_bare_upstream_failure_gets_a_message() -> None:

@@ -408,6 +408,47 @@ def test_out_of_file_descriptors() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "said,expected",
+    [
+        (Reply(status=502, steps=(b"<html><title>Bad &amp; Gateway</title></html>",)), "502: Bad &amp; Gateway"),
+        (error(429, "slow down"), "slow down"),
+        (Reply(steps=(b'{"id":',)), "its JSON is incomplete"),
+        (Reply(steps=(b"\xef\xbb\xbf" + completion("Hello").body,)), "Hello"),
+    ],
+)
+async def test_what_a_server_says_is_read_without_a_file_descriptor(
+    server: ChatKoreServer, said: Reply, expected: str
+) -> None:
+    """A first error often comes when thousands of connections are open; reading it must not need to open a file."""
+    script = """
+    import asyncio, os, resource, sys
+    from chatkore_async import APIError, AsyncChatKore
+    ASK = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+    async def main():
+        async with AsyncChatKore(api_key="k", base_url=sys.argv[1], max_retries=0) as client:
+            await client.chat.completions.create(**ASK)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            try:
+                while True:
+                    os.open(os.devnull, os.O_RDONLY)
+            except OSError:
+                pass
+            try:
+                print((await client.chat.completions.create(**ASK)).text)
+            except APIError as error:
+                print(error)
+    asyncio.run(main())
+    """
+    server.script(completion("Hello"), said)
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", textwrap.dedent(script), server.base_url, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await child.communicate()
+    assert expected in out.decode()
+    assert child.returncode == 0
+
+
 # What fails after it.
 
 
