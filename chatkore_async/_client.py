@@ -475,7 +475,7 @@ def _checked_flag(proxy: object) -> Literal[False] | None:
     raise ConfigurationError(f"proxy must be a URL, None for the environment's, or False for none, not {proxy!r}")
 
 
-def _signature(*extra: inspect.Parameter) -> inspect.Signature:
+def _signature() -> inspect.Signature:
     """A signature that shows every field, for notebooks; the code itself takes `**params`."""
     named = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=UNSET, annotation=annotation)
@@ -487,10 +487,14 @@ def _signature(*extra: inspect.Parameter) -> inspect.Signature:
             "request", inspect.Parameter.POSITIONAL_ONLY, default=None, annotation=ChatCompletionRequest | None
         ),
     ]
-    return inspect.Signature([*own, *named, *extra])
+    return inspect.Signature([*own, *named], return_annotation=ChatStream)
 
 
-Completions.create.__signature__ = _signature(  # type: ignore[attr-defined]
-    inspect.Parameter("stream", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-).replace(return_annotation=ChatCompletion | ChatStream)
-Completions.stream.__signature__ = _signature().replace(return_annotation=ChatStream)  # type: ignore[attr-defined]
+Completions.stream.__signature__ = _shown = _signature()  # type: ignore[attr-defined]
+Completions.create.__signature__ = _shown.replace(  # type: ignore[attr-defined]
+    parameters=[
+        *_shown.parameters.values(),
+        inspect.Parameter("stream", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
+    ],
+    return_annotation=ChatCompletion | ChatStream,
+)

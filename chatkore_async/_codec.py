@@ -98,7 +98,6 @@ _UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError, msgspec.Ms
 _encode = msgspec.json.Encoder(enc_hook=_encode_other).encode
 _check = msgspec.json.Decoder(_CheckedRequest).decode
 _decode_completion = msgspec.json.Decoder(ChatCompletion).decode
-_decode_models = msgspec.json.Decoder(_Models).decode
 decode_chunk_strictly = msgspec.json.Decoder(ChatCompletionChunk).decode
 """Bytes → chunk, for the hot path of a stream. Raises `MISFIT` for what `decode_chunk` is for."""
 
@@ -388,7 +387,7 @@ def decode_models(body: bytes) -> list[Model]:
         NotJSONError: `body` is not JSON, or holds no list of models.
     """
     try:
-        return _decode_models(body).data
+        return msgspec.json.decode(body, type=_Models).data
     except MISFIT:
         try:
             return _tolerant.models(_tolerant.parse(body))

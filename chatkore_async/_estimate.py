@@ -38,10 +38,6 @@ class _Asked(msgspec.Struct):
     n: float | None = None
 
 
-_asked = msgspec.json.Decoder(_Asked)
-_part = msgspec.json.Decoder(_Part)
-
-
 def estimate_tokens(demand: Demand) -> float:
     """Estimate the tokens of a request and of its answer.
 
@@ -95,7 +91,7 @@ PER_MESSAGE: Final = 4
 
 def _read(body: bytes) -> _Asked:
     try:
-        return _asked.decode(body)
+        return msgspec.json.decode(body, type=_Asked)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # `extra_body` can send anything
         return _Asked()
 
@@ -119,6 +115,6 @@ def _texts(message: _Message) -> list[str]:
 
 def _text(raw: Raw) -> str | None:
     try:
-        return _part.decode(raw).text
+        return msgspec.json.decode(raw, type=_Part).text
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # no part of a message, whatever it is
         return None

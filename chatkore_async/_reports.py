@@ -39,7 +39,7 @@ def read(body: bytes) -> tuple[object, Said | None]:
     return first, None
 
 
-_BEGINNING = re.compile(r"(?:^|(?<=[}\]]))(?=[{\[])", re.MULTILINE)
+_BEGINNING = r"(?m)(?:^|(?<=[}\]]))(?=[{\[])"
 
 _FIRST_OF = json.JSONDecoder(parse_int=str)  # asked only where a document ends
 
@@ -57,9 +57,9 @@ def _documents(body: bytes) -> Iterator[object]:
         return
     text = re.sub(r"\r\n?", "\n", body[:MAX_BODY].removeprefix(BOM).decode("utf-8", "replace"))
     text = re.sub(r"^(?:data|error):[ \t]*", "", text, flags=re.MULTILINE)
-    at = 0
+    beginning, at = re.compile(_BEGINNING), 0
     for _ in range(_MAX_DOCUMENTS):
-        found = _BEGINNING.search(text, at)
+        found = beginning.search(text, at)
         if found is None:
             return
         start, at = found.end(), found.end() + 1
