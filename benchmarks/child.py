@@ -11,6 +11,7 @@ turn; the text of every call and the number of deltas of every stream while the 
 
 import argparse
 import asyncio
+import gc
 import importlib
 import os
 import statistics
@@ -50,6 +51,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     length: int
     merged: int
     port: int
+    heap: float = 0.0
 
     @property
     def each(self) -> int:
@@ -118,10 +120,25 @@ async def calls(client: Client, load: Load) -> Steps:
         yield await timed(client, load)
 
 
+def grown(share: float) -> list[object]:
+    """Let the heap grow by a part of the way from one full collection of garbage to the next, and return what it takes.
+
+    A full collection comes when a quarter more objects are there than at the last, and takes a third of a second when
+    ten thousand calls are under way. Whether one more of them falls into a turn, a few objects decide, and each process
+    of a library does the same; so each round starts from another place, and the rounds together have all of them.
+    """
+    gc.collect()
+    held: list[object] = [[] for _ in range(round(len(gc.get_objects()) * (1.25**share - 1)))]
+    gc.collect()
+    return held
+
+
 async def cold_calls(client: Client, load: Load) -> Steps:
     """Measure calls of a client that has no connection yet; it is cold once."""
+    held = grown(load.heap)
     yield Figures(), 0
     yield await timed(client, load)
+    held.clear()
 
 
 async def timed(client: Client, load: Load) -> tuple[Figures, int]:
@@ -313,6 +330,7 @@ def main() -> None:
     parser.add_argument("loop", choices=("asyncio", "uvloop"))
     parser.add_argument("--concurrency", type=int, help="operations at once (default: as the row)")
     parser.add_argument("--length", type=int, help="deltas of a stream (default: as the row)")
+    parser.add_argument("--heap", type=float, default=0.0, help="growth of the heap before the clock starts, 0 to 1")
     parser.add_argument("--core", type=int, help="the core to run on (default: any)")
     parser.add_argument("--turns", action="store_true", help="a turn for each line of standard input (default: one)")
     options = parser.parse_args()
@@ -326,6 +344,7 @@ def main() -> None:
         length=options.length or point.length,
         merged=ADAPTERS[options.adapter].merged if options.adapter in ADAPTERS else 0,
         port=options.port,
+        heap=options.heap,
     )
     turns = asked_for(iter(sys.stdin.readline, ""), say) if options.turns else [""]
     try:

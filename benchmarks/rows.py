@@ -39,9 +39,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         path: What is asked of the server.
         measure: The figure that counts.
         rounds, peer_rounds: How often each library is measured in a new process.
-        turns, peer_turns: How often in each process. With more than one, ours and the reference are alive at the same
-            time and take turns, so that each has the machine as the other had it a moment before. That is for rows
-            whose work can be cut into slices, and that leave room for two processes.
+        turns, peer_turns: How often in each process; the floor has as many turns as peers. With more than one, ours and
+            the reference are alive at the same time and take turns, so that each has the machine as the other had it a
+            moment before. That is for rows whose work can be cut into slices, and that leave room for two processes.
         without: Adapters that are left out, as they would take longer than all others together.
         ends: The two places of a curve whose ratio is the growth.
         quick: Whether peers take part in a smoke run, for which they start slowly.
@@ -88,8 +88,8 @@ _EVERY = (
         unit="µs",
         loops=LOOPS,
         rounds=4,
-        turns=3,
-        points=(Point(concurrency=100, count=100, peers=50),),
+        turns=2,
+        points=(Point(concurrency=100, count=100, peers=20),),
     ),
     Row(
         name="burst",
@@ -111,7 +111,7 @@ _EVERY = (
         path="later",
         measure="wall",
         unit="s",
-        rounds=5,
+        rounds=8,
         points=(Point(concurrency=5000, count=5000),),
     ),
     Row(
@@ -121,7 +121,7 @@ _EVERY = (
         path="later",
         measure="wall",
         unit="s",
-        rounds=5,
+        rounds=8,
         without=("litellm",),
         points=(Point(concurrency=10_000, count=10_000, peers=10_000),),
     ),
@@ -153,6 +153,7 @@ _EVERY = (
         measure="cpu",
         unit="µs",
         rounds=3,
+        without=("litellm",),
         points=(
             Point(at=1, concurrency=1, count=2000, peers=640),
             Point(at=8, concurrency=8, count=3000),
@@ -169,8 +170,9 @@ _EVERY = (
         path="long",
         measure="cpu",
         unit="µs",
-        rounds=4,
+        rounds=3,
         turns=6,
+        without=("litellm",),
         points=(
             Point(at=100, length=100, concurrency=1, count=150, peers=30),
             Point(at=1000, length=1000, concurrency=1, count=40, peers=5),

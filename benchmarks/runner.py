@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 900  # seconds of one turn, or until a process is ready for its first
 CURVE_ROUNDS = 2  # in which all places of a curve are measured
 SPARE_FILES = 200  # descriptors beside those of connections
+GOLDEN = 0.618  # its multiples, taken modulo 1, fill the unit evenly, however many there are
 BEYOND = "import aiohttp, msgspec, tenacity"
 # A fresh interpreter; `os` is there from its start.
 _IMPORT = """
@@ -122,11 +123,16 @@ def places(row: Row, number: int, *, quick: bool) -> list[Point]:
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process of a round does: a library under a load, so many turns long."""
+    """What one process of a round does: a library under a load, so many turns long.
+
+    Attributes:
+        heap: How far the heap has grown before the clock starts, from 0 to 1; see `child.grown`.
+    """
 
     adapter: str
     load: Point
     turns: int
+    heap: float = 0.0
 
 
 def groups(row: Row, adapters: list[str], number: int, *, quick: bool) -> list[list[Part]]:
@@ -140,12 +146,17 @@ def groups(row: Row, adapters: list[str], number: int, *, quick: bool) -> list[l
     found: list[list[Part]] = []
     for adapter in adapters:
         kind = ADAPTERS[adapter].kind
-        turns = row.peer_turns if kind == "peer" else row.turns
+        turns = row.turns if kind in ("ours", "reference") else row.peer_turns
         for point in places(row, number, quick=quick):
             load = load_of(point, peer=kind == "peer", quick=quick)
             if load is None:
                 continue
-            part = Part(adapter=adapter, load=load, turns=min(turns, QUICK_TURNS) if quick else turns)
+            part = Part(
+                adapter=adapter,
+                load=load,
+                turns=min(turns, QUICK_TURNS) if quick else turns,
+                heap=number * GOLDEN % 1 if row.work == "cold calls" else 0.0,
+            )
             if row.turns > 1 and kind in ("ours", "reference"):
                 together.append(part)
             else:
@@ -267,6 +278,8 @@ def command(part: Part, row: Row, loop: str, server: Server) -> list[str]:
     load, port = part.load, str(server.port())
     found = [sys.executable, "-m", "benchmarks.child", part.adapter, row.name, port, str(load.count), loop, "--turns"]
     found += ["--concurrency", str(load.concurrency), "--length", str(load.length)]
+    if part.heap:
+        found += ["--heap", f"{part.heap:.3f}"]
     if server.client_core is not None:
         found += ["--core", str(server.client_core)]
     return found

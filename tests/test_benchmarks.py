@@ -1,6 +1,7 @@
 """The benchmarks: what they count, what they refuse, and what they publish."""
 
 import asyncio
+import gc
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -17,7 +19,7 @@ import pytest
 from benchmarks import answers, machine, report, runner, steps
 from benchmarks.adapters import ADAPTERS, STEPS, MissingLibraryError, load, missing
 from benchmarks.arithmetic import Spread, by_turn, growth, ratios, spread
-from benchmarks.child import Load, WrongAnswerError, check_call, check_count, check_texts, together
+from benchmarks.child import Load, WrongAnswerError, check_call, check_count, check_texts, grown, together
 from benchmarks.figures import Figures, Results, Run
 from benchmarks.machine import Machine
 from benchmarks.rows import LOOPS, ROWS
@@ -112,6 +114,35 @@ def test_a_target_of_each_kind_reads_its_own_figures() -> None:
     judged = [verdicts(found, target)[0] for target in targets]
     assert [verdict.found and round(verdict.found.median, 6) for verdict in judged] == [20, 1.1, 1.1, 11]
     assert [verdict.met for verdict in judged] == [True, False, False, True]
+
+
+def test_what_is_out_of_reach_is_told_and_held_where_it_is() -> None:
+    """It is no failure, and is not hidden; to fall further behind is a failure."""
+    target = Target(row="paced", kind="ratio", at_most=1.03, held_at=1.12)
+    for value, end, code in [
+        (1.03, "pass", 0),
+        (1.12, "(one pair): OUT OF REACH, held at 1.12", 0),
+        (1.13, "MISSED", 1),
+    ]:
+        (verdict,) = verdicts(results(run("paced", "ours", 0, value), run("paced", "plain", 0, 1)), target)
+        assert told(verdict).endswith(end)
+        assert status([verdict]) == code
+
+
+def test_a_gain_that_plain_aiohttp_misses_is_out_of_reach() -> None:
+    """The peer became faster; a client over aiohttp that costs more than the one by hand cannot make up for it."""
+    target = Target(row="burst", kind="gain", at_least=60)
+    for official, plain, end, code in [
+        (60, 1.0, "pass", 0),
+        (50, 1.0, "OUT OF REACH, plain aiohttp has 50.0", 0),
+        (50, 0.8, "MISSED", 1),
+    ]:
+        measured = [
+            run("burst", name, 0, value) for name, value in [("openai", official), ("ours", 1), ("plain", plain)]
+        ]
+        (verdict,) = verdicts(results(*measured), target)
+        assert told(verdict).endswith(end)
+        assert status([verdict]) == code
 
 
 def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
@@ -290,6 +321,29 @@ async def test_the_server_refuses_a_path_it_does_not_know() -> None:
     connection = Server(Counts())
     with pytest.raises(ValueError, match="nonsense"):
         connection._answer(b"/nonsense/1/v1", streamed=True)
+
+
+# Where full collections fall.
+
+
+def test_each_round_of_calls_at_once_starts_from_a_heap_of_its_own() -> None:
+    """Ours and the reference from the same one; over the rounds, evenly from all of them."""
+    heaps = [
+        {part.heap for group in groups(ROWS["at-once-5000"], ["ours", "plain"], number, quick=False) for part in group}
+        for number in range(ROWS["at-once-5000"].rounds)
+    ]
+    assert all(len(each) == 1 for each in heaps)
+    there = sorted(heap for each in heaps for heap in each)
+    assert there[0] == 0
+    assert max(b - a for a, b in pairwise([*there, 1.0])) < 2 / len(there)
+    assert {part.heap for group in groups(ROWS["call"], ["ours"], 1, quick=False) for part in group} == {0}
+
+
+def test_a_heap_grows_by_less_than_what_brings_a_full_collection() -> None:
+    """From nothing to a quarter of what there is."""
+    assert grown(0) == []
+    there = len(gc.get_objects())
+    assert len(grown(0.5)) == pytest.approx(there * (1.25**0.5 - 1), rel=0.02)
 
 
 # Turns.
