@@ -17,6 +17,7 @@ _COMPLETION = (
 ) % ANSWER.encode()
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nx-request-id: req_bench\r\n%s\r\n\r\n"
 _EVENTS_A_WRITE = 100
+_END = b"0\r\n\r\n"  # of a body in chunks
 
 STREAM_HEAD = _HEAD % (b"text/event-stream", b"Transfer-Encoding: chunked")
 
@@ -39,15 +40,21 @@ def _http_chunk(data: bytes) -> bytes:
 
 
 @cache
-def segments(length: int) -> tuple[bytes, ...]:
-    """The body of a stream of so many deltas, one event to a segment; the end of the body comes with the last one."""
+def _events(length: int) -> tuple[bytes, ...]:
+    """The events of a stream of so many deltas, and the one that says that it is done."""
     chunks = [
         _CHUNK % (b'{"role":"assistant","content":""}', b"null"),
         *(_CHUNK % (b'{"content":"%s"}' % text.encode(), b"null") for text in texts(length)),
         _CHUNK % (b"{}", b'"stop"'),
     ]
-    last = _http_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
-    return (*(_http_chunk(b"data: %s\n\n" % chunk) for chunk in chunks), last)
+    return tuple(b"data: %s\n\n" % data for data in (*chunks, b"[DONE]"))
+
+
+@cache
+def segments(length: int) -> tuple[bytes, ...]:
+    """The body of a stream, one event to a segment; the end of the body comes with the last one."""
+    *chunks, last = map(_http_chunk, _events(length))
+    return (*chunks, last + _END)
 
 
 @cache
@@ -59,5 +66,11 @@ def blocks(length: int) -> tuple[bytes, ...]:
 
 @cache
 def burst(length: int) -> bytes:
-    """The same stream with its head, in one write."""
+    """The same stream with its head, in one write: one chunk of HTTP, as behind a proxy that gathers what it passes on."""
+    return STREAM_HEAD + _http_chunk(b"".join(_events(length))) + _END
+
+
+@cache
+def burst_chunked(length: int) -> bytes:
+    """The same in one write, but each event a chunk of HTTP, as from a server that flushed each of them."""
     return STREAM_HEAD + b"".join(segments(length))

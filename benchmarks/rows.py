@@ -105,6 +105,18 @@ _EVERY = (
         quick=True,
     ),
     Row(
+        name="burst-chunked",
+        title=f"one delta of {LENGTH} in a burst, each in its chunk",
+        work="streams",
+        path="burst-chunked",
+        measure="cpu",
+        unit="µs",
+        rounds=5,
+        turns=60,
+        peer_rounds=0,
+        points=(Point(concurrency=1, count=10),),
+    ),
+    Row(
         name="at-once-5000",
         title="5,000 calls at once, each answered after 1 s",
         work="cold calls",

@@ -246,7 +246,7 @@ class Serving:
 
 
 @pytest.mark.parametrize("adapter", ["ours", "plain", "bare", *(name for name in STEPS if "ooled" not in name)])
-@pytest.mark.parametrize("what", ["paced", "burst", "long"])
+@pytest.mark.parametrize("what", ["paced", "burst", "burst-chunked", "long"])
 async def test_an_adapter_hands_out_what_the_server_sent(adapter: str, what: str) -> None:
     """Whether read in a hurry or text by text, and on one connection for all that follows another."""
     serving = Serving()
