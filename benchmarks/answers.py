@@ -66,11 +66,11 @@ def blocks(length: int) -> tuple[bytes, ...]:
 
 @cache
 def burst(length: int) -> bytes:
-    """The same stream with its head, in one write: one chunk of HTTP, as behind a proxy that gathers what it passes on."""
-    return STREAM_HEAD + _http_chunk(b"".join(_events(length))) + _END
+    """The same stream with its head, in one write; each event is a chunk of HTTP, as servers send that flush each."""
+    return STREAM_HEAD + b"".join(segments(length))
 
 
 @cache
-def burst_chunked(length: int) -> bytes:
-    """The same in one write, but each event a chunk of HTTP, as from a server that flushed each of them."""
-    return STREAM_HEAD + b"".join(segments(length))
+def gathered_burst(length: int) -> bytes:
+    """The same in one write and one chunk of HTTP, as behind a proxy that gathers what it passes on."""
+    return STREAM_HEAD + _http_chunk(b"".join(_events(length))) + _END

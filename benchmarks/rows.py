@@ -105,16 +105,17 @@ _EVERY = (
         quick=True,
     ),
     Row(
-        name="burst-chunked",
-        title=f"one delta of {LENGTH} in a burst, each in its chunk",
+        name="burst-gathered",
+        title=f"one delta of {LENGTH} in a burst, one chunk of HTTP",
         work="streams",
-        path="burst-chunked",
+        path="gathered",
         measure="cpu",
         unit="µs",
         rounds=5,
         turns=60,
-        peer_rounds=0,
-        points=(Point(concurrency=1, count=10),),
+        peer_turns=5,
+        without=("bare",),  # it knows events that have a chunk each
+        points=(Point(concurrency=1, count=10, peers=4),),
     ),
     Row(
         name="at-once-5000",

@@ -6,8 +6,8 @@ where something else is said.
     /call/…          the completion
     /later/…         the completion after one second
     /paced/N/…       a stream of N deltas, one a segment, every 5 ms
-    /burst/N/…       the same, in one write and one chunk of HTTP
-    /burst-chunked/N/…  the same in one write, each event a chunk of HTTP
+    /burst/N/…       the same, in one write
+    /gathered/N/…    the same, in one write and one chunk of HTTP
     /long/N/…        the same, a hundred events to a write, as fast as the client reads
     /held/N/…        streamed: the first deltas up to a text, and the rest when told; not streamed: nothing until told
     /control/counts  connections and requests so far, how many are held, and the CPU seconds used
@@ -135,8 +135,8 @@ class Server(asyncio.Protocol):
             self.send(answers.CALL)
         elif what == b"burst":
             self.send(answers.burst(int(argument)))
-        elif what == b"burst-chunked":
-            self.send(answers.burst_chunked(int(argument)))
+        elif what == b"gathered":
+            self.send(answers.gathered_burst(int(argument)))
         elif what == b"paced":
             self.send(answers.STREAM_HEAD)
             self._pace(answers.segments(int(argument)), 0)

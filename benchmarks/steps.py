@@ -1,4 +1,4 @@
-"""Measure what each part of the client adds: `python -m benchmarks.steps [call|paced|burst ...]`.
+"""Measure what each part of the client adds: `python -m benchmarks.steps [call|paced|burst|burst-gathered ...]`.
 
 From aiohttp's session, set up as the client sets it up, each step does one thing more that the client does; the last is
 the client. All take turns, as in `python -m benchmarks`, and each ratio is over the same by hand.
@@ -28,7 +28,7 @@ STEPS = {
         "ours": "and idle time, limits, leaving, the end: the client",
     },
 }
-STEPS["burst"] = STEPS["paced"]
+STEPS["burst"] = STEPS["burst-gathered"] = STEPS["paced"]
 
 
 def measured(row: Row, loop: str, rounds: int) -> dict[str, list[float]]:
