@@ -21,7 +21,7 @@ from benchmarks.answers import LENGTH
 from benchmarks.child import Load as Expected
 from benchmarks.child import check_call, check_count, together
 from benchmarks.report import table
-from benchmarks.rows import LOOPS
+from benchmarks.rows import LOOPS, ROWS
 from benchmarks.runner import serving
 
 DEFAULT = ("plain", "session", "ours")
@@ -38,6 +38,7 @@ class Operation(msgspec.Struct, frozen=True):
 OPERATIONS = {
     "call": Operation(64, 10),
     "burst": Operation(1, 4, LENGTH),
+    "burst-gathered": Operation(1, 4, LENGTH),
     "paced": Operation(2, 1, LENGTH),
 }
 
@@ -92,7 +93,7 @@ def counted(adapter: str, name: str, loop: str, port: int) -> tuple[Counter[Code
     operation, tracer = OPERATIONS[name], Tracer()
 
     async def main() -> None:
-        await run(load(adapter)(f"http://127.0.0.1:{port}/{name}/{LENGTH}/v1"), name, operation, tracer)
+        await run(load(adapter)(f"http://127.0.0.1:{port}/{ROWS[name].path}/{LENGTH}/v1"), name, operation, tracer)
 
     runner: Any = importlib.import_module(loop)
     runner.run(main())

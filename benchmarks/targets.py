@@ -20,13 +20,14 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         kind: `ratio` is ours over plain aiohttp, `gain` the official client over ours, `growth` our growth along a
-            curve over that of plain aiohttp, `own growth` ours alone, `absolute` our own figure.
+            curve over that of plain aiohttp, `own growth` ours alone, `share` what our import adds to that of plain
+            aiohttp.
         at_most, at_least: The bound; one of them.
-        held_at: Where what is out of reach is held instead: what it comes to, and the noise of a machine.
+        held_at: Beside `at_most`, where what is out of reach is held instead: what it comes to, and a machine's noise.
     """
 
     row: str
-    kind: Literal["ratio", "gain", "growth", "own growth", "absolute"]
+    kind: Literal["ratio", "gain", "growth", "own growth", "share"]
     loop: str = "asyncio"
     at_most: float | None = None
     at_least: float | None = None
@@ -35,12 +36,12 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def needs(self) -> set[str]:
         """The libraries without which it cannot be judged."""
-        others: dict[str, set[str]] = {"ratio": {"plain"}, "growth": {"plain"}, "gain": {OFFICIAL}}
+        others: dict[str, set[str]] = {"ratio": {"plain"}, "growth": {"plain"}, "share": {"plain"}, "gain": {OFFICIAL}}
         return {"ours"} | others.get(self.kind, set())
 
     def met(self, value: float) -> bool:
         """Whether a median is within the bound."""
-        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
+        return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0)
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -82,16 +83,16 @@ TARGETS = [
     *_ratio("burst", 1.25),
     *_ratio("burst-gathered", 1.25, held_at=1.6),
     *_ratio("at-once-5000", 1.00),
-    *_ratio("at-once-10000", 1.00, held_at=1.05),  # equal, as far as a noisy machine can tell
+    *_ratio("at-once-10000", 1.00),
     *_ratio("open-stream", 1.08),
     *_ratio("waiting-call", 1.08),
     Target(row="concurrency", kind="growth", at_most=1.00),
     Target(row="length", kind="own growth", at_most=1.03),
-    Target(row="import-beyond", kind="absolute", at_most=12, held_at=20),
+    # 12 ms, where plain aiohttp took 183; a slower machine takes longer for both.
+    Target(row="import-beyond", kind="share", at_most=round(12 / 183, 3), held_at=0.085),
     Target(row="call", kind="gain", at_least=16),
     Target(row="paced", kind="gain", at_least=9),
     Target(row="burst", kind="gain", at_least=60),
-    Target(row="burst-gathered", kind="gain", at_least=60),
     # 5,000 at once would take the official client a minute more, to say the same.
     Target(row="at-once-10000", kind="gain", at_least=30),
 ]
@@ -113,7 +114,7 @@ def found(results: Results, target: Target, whose: str = "ours") -> Spread | Non
         return spread(ratios(ours, plain))
     if target.kind == "own growth":
         return spread(list(growth(results, row, "ours", target.loop).values()))
-    return spread(list(each("ours").values()))
+    return spread(ratios(each("ours"), by_turn(results, ROWS["import"], "plain", target.loop)))
 
 
 def judge(results: Results, rows: list[str], loops: list[str], targets: list[Target] = TARGETS) -> list[Verdict]:
@@ -137,7 +138,7 @@ _SAID = {
     "gain": "times less than the official client",
     "growth": "of the growth of plain aiohttp",
     "own growth": "of what it is at the near end of the curve",
-    "absolute": "ms",
+    "share": "of the import of plain aiohttp",
 }
 
 
@@ -148,9 +149,8 @@ def told(verdict: Verdict) -> str:
     line = f"{target.row}, {target.loop}: {bound} {_SAID[target.kind]}: "
     if spread_ is None:
         return line + "NOT MEASURED"
-    digits = ".3f" if target.kind in ("ratio", "growth", "own growth") else ".1f"
-    counted = "turn" if target.kind == "absolute" else "pair"
-    quartiles = f"{spread_.low:{digits}} to {spread_.high:{digits}}, {spread_.count} {counted}s"
-    middle = f"{spread_.median:{digits}} ({f'one {counted}' if spread_.count == 1 else quartiles})"
+    digits = ".1f" if target.kind == "gain" else ".3f"
+    quartiles = f"{spread_.low:{digits}} to {spread_.high:{digits}}, {spread_.count} pairs"
+    middle = f"{spread_.median:{digits}} ({'one pair' if spread_.count == 1 else quartiles})"
     missed = "MISSED" if verdict.out_of_reach is None else f"OUT OF REACH, {verdict.out_of_reach}"
     return f"{line}{middle}: {'pass' if verdict.met else missed}"

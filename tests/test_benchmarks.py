@@ -104,15 +104,16 @@ def test_a_target_of_each_kind_reads_its_own_figures() -> None:
         *(run("length", name, 0, value, 1000) for name, value in [("ours", 2), ("plain", 1)]),
         *(run("length", name, 0, value, 100_000) for name, value in [("ours", 2.2), ("plain", 1)]),
         run("import-beyond", "ours", 0, 11),
+        run("import", "plain", 0, 220),
     )
     targets = [
         Target(row="call", kind="gain", at_least=16),
         Target(row="length", kind="growth", at_most=1.03),
         Target(row="length", kind="own growth", at_most=1.03),
-        Target(row="import-beyond", kind="absolute", at_most=12),
+        Target(row="import-beyond", kind="share", at_most=0.066),
     ]
     judged = [verdicts(found, target)[0] for target in targets]
-    assert [verdict.found and round(verdict.found.median, 6) for verdict in judged] == [20, 1.1, 1.1, 11]
+    assert [verdict.found and round(verdict.found.median, 6) for verdict in judged] == [20, 1.1, 1.1, 0.05]
     assert [verdict.met for verdict in judged] == [True, False, False, True]
 
 
@@ -158,7 +159,7 @@ def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
 def test_a_target_says_which_libraries_it_needs() -> None:
     """Who measures some libraries is not told that the others are missing."""
     asked = [target for target in TARGETS if not target.needs - {"ours", "plain"}]
-    assert {target.kind for target in asked} == {"ratio", "growth", "own growth", "absolute"}
+    assert {target.kind for target in asked} == {"ratio", "growth", "own growth", "share"}
     assert all(target.needs <= ADAPTERS.keys() for target in TARGETS)
 
 
