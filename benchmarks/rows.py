@@ -42,7 +42,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         turns, peer_turns: How often in each process; the floor has as many turns as peers. With more than one, ours and
             the reference are alive at the same time and take turns, so that each has the machine as the other had it a
             moment before. That is for rows whose work can be cut into slices, and that leave room for two processes.
-        without: Adapters that are left out, as they would take longer than all others together.
+        without: Adapters that are left out, as they would take longer than all others together, or cannot do it.
         ends: The two places of a curve whose ratio is the growth.
         quick: Whether peers take part in a smoke run, for which they start slowly.
     """
@@ -64,6 +64,19 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     quick: bool = False
 
 
+_BURST = Row(
+    name="burst",
+    title=f"one delta of {LENGTH} in a burst",
+    work="streams",
+    path="burst",
+    measure="cpu",
+    unit="µs",
+    rounds=5,
+    turns=60,
+    peer_turns=5,
+    points=(Point(concurrency=1, count=10, peers=4),),
+    quick=True,
+)
 _EVERY = (
     Row(
         name="call",
@@ -91,31 +104,14 @@ _EVERY = (
         turns=2,
         points=(Point(concurrency=100, count=100, peers=20),),
     ),
-    Row(
-        name="burst",
-        title=f"one delta of {LENGTH} in a burst",
-        work="streams",
-        path="burst",
-        measure="cpu",
-        unit="µs",
-        rounds=5,
-        turns=60,
-        peer_turns=5,
-        points=(Point(concurrency=1, count=10, peers=4),),
-        quick=True,
-    ),
-    Row(
+    _BURST,
+    msgspec.structs.replace(
+        _BURST,
         name="burst-gathered",
-        title=f"one delta of {LENGTH} in a burst, one chunk of HTTP",
-        work="streams",
+        title=f"{_BURST.title}, one chunk of HTTP",
         path="gathered",
-        measure="cpu",
-        unit="µs",
-        rounds=5,
-        turns=60,
-        peer_turns=5,
         without=("bare",),  # it knows events that have a chunk each
-        points=(Point(concurrency=1, count=10, peers=4),),
+        quick=False,
     ),
     Row(
         name="at-once-5000",

@@ -41,7 +41,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     def met(self, value: float) -> bool:
         """Whether a median is within the bound."""
-        return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0)
+        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
 
 
 class Verdict(msgspec.Struct, frozen=True):

@@ -87,13 +87,13 @@ class Accumulator:
         self.usage: Usage | None = None
         self._parts = 0
         self.overflowed = False
-        # For `add`: where texts of the first choice go, once there is one, and what the last chunk said beside.
+        # For `add`: where texts of the first choice go, once there is one, and what the last merged chunk said beside.
         self._texts: list[str] | None = None
         self._fingerprint: str | None = None
         self._tier: str | None = None
 
     def add(self, chunk: ChatCompletionChunk) -> bool:
-        """Merge a chunk that has nothing new but a text of the first choice, or answer that it has.
+        """Merge a chunk that has nothing new but a text of the first choice, and return whether it had.
 
         The shortest way for what comes alone, as most deltas do: what it needs of the stream is in few places, since
         none of them is in the processor's caches. Nothing may be pending.

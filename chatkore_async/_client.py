@@ -475,7 +475,7 @@ def _checked_flag(proxy: object) -> Literal[False] | None:
     raise ConfigurationError(f"proxy must be a URL, None for the environment's, or False for none, not {proxy!r}")
 
 
-def _signature() -> inspect.Signature:
+def _signature_of_stream() -> inspect.Signature:
     """A signature that shows every field, for notebooks; the code itself takes `**params`."""
     named = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=UNSET, annotation=annotation)
@@ -490,10 +490,10 @@ def _signature() -> inspect.Signature:
     return inspect.Signature([*own, *named], return_annotation=ChatStream)
 
 
-Completions.stream.__signature__ = _shown = _signature()  # type: ignore[attr-defined]
-Completions.create.__signature__ = _shown.replace(  # type: ignore[attr-defined]
+Completions.stream.__signature__ = _of_stream = _signature_of_stream()  # type: ignore[attr-defined]
+Completions.create.__signature__ = _of_stream.replace(  # type: ignore[attr-defined]
     parameters=[
-        *_shown.parameters.values(),
+        *_of_stream.parameters.values(),
         inspect.Parameter("stream", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
     ],
     return_annotation=ChatCompletion | ChatStream,

@@ -131,7 +131,7 @@ def test_what_is_out_of_reach_is_told_and_held_where_it_is() -> None:
 
 
 def test_a_gain_that_plain_aiohttp_misses_is_out_of_reach() -> None:
-    """The peer became faster; a client over aiohttp that costs more than the one by hand cannot make up for it."""
+    """It says how fast the peer is; no client over aiohttp that does more than the one by hand can make up for that."""
     target = Target(row="burst", kind="gain", at_least=60)
     for official, plain, end, code in [
         (60, 1.0, "pass", 0),
