@@ -19,7 +19,16 @@ from benchmarks.rows import LOOPS, ROWS
 from benchmarks.runner import ROOT, Plan, measure
 from benchmarks.targets import TARGETS, judge, status, told
 
+RESULTS = ROOT / "benchmarks" / "results"
 BUSY = 0.5  # processes that want a core, beside these
+
+
+def count(text: str) -> int:
+    """A number from 1, for `argparse`."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -31,7 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapters", metavar="A,B", help=f"some of {','.join(ADAPTERS)} (default: all that are installed)"
     )
-    parser.add_argument("--rounds", type=int, help="rounds of every row (default: the row's own)")
+    parser.add_argument("--rounds", type=count, help="rounds of every row (default: the row's own)")
     parser.add_argument("--loop", choices=LOOPS, help="one event loop (default: both, where uvloop is installed)")
     parser.add_argument("--check", action="store_true", help="compare with the targets: exit 1 missed, 2 not measured")
     parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="take stored results; measure nothing")
@@ -39,7 +48,7 @@ def arguments() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="where results are written (default: benchmarks/results, and nowhere if only a part is measured)",
+        help="where results are written (default: benchmarks/results after a whole run, else nowhere)",
     )
     version = ".".join(platform.python_version_tuple()[:2])
     parser.add_argument("--name", default=f"cpython-{version}", help="of the results (default: %(default)s)")
@@ -79,8 +88,8 @@ def main() -> int:
     """Parse arguments, measure, write, judge."""
     parser = arguments()
     options = parser.parse_args()
-    if options.check and options.quick:
-        parser.error("--check judges figures, and those of --quick mean nothing")
+    if options.quick and (options.check or options.stored):
+        parser.error("figures of --quick mean nothing: there is nothing to check or to keep of them")
     plan = wanted(options)
     began = time.monotonic()
     if options.stored:
@@ -94,17 +103,18 @@ def main() -> int:
     page = report.page(results, [] if plan.quick else verdicts)
     if options.stored and options.check:
         print("\n".join(map(told, verdicts)))
-        return status(verdicts)
-    print(f"\n{page}")
+    else:
+        print(f"\n{page}")
     if plan.quick:
         with tempfile.TemporaryDirectory() as nowhere:
             write(results, page, "quick", Path(nowhere))
         print(f"a smoke run of {time.monotonic() - began:.0f} s: all works, and none of these figures means anything")
         return 0
-    if options.out or not (options.only or options.adapters or options.loop):
-        name = options.stored.stem if options.stored else options.name
-        write(results, page, name, options.out or ROOT / "benchmarks" / "results")
-    print(f"{time.monotonic() - began:.0f} s")
+    is_whole = not (options.stored or options.only or options.adapters or options.loop or options.rounds)
+    if options.out or is_whole:
+        write(results, page, options.stored.stem if options.stored else options.name, options.out or RESULTS)
+    if not options.stored:
+        print(f"{time.monotonic() - began:.0f} s")
     return status(verdicts) if options.check else 0
 
 

@@ -1,11 +1,17 @@
-"""What turns amount to: medians, spreads, ratios of pairs of turns."""
+"""What turns amount to: medians, spreads, ratios of neighbours."""
 
+import math
 import statistics
+from collections.abc import Iterable
+from itertools import chain
 
 import msgspec
 
 from benchmarks.figures import Results
 from benchmarks.rows import Row
+
+Ratios = dict[int, list[float]]
+"""The ratios of each round, by its number."""
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -17,14 +23,15 @@ class Spread(msgspec.Struct, frozen=True):
     count: int
 
 
-def spread(values: list[float]) -> Spread | None:
-    """Sum up turns, or pairs of them; `None` where there are none."""
-    if not values:
+def spread(values: Iterable[float]) -> Spread | None:
+    """Sum up figures; `None` where there are none."""
+    there = list(values)
+    if not there:
         return None
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0], 1)
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(low, median, high, len(values))
+    if len(there) == 1:
+        return Spread(there[0], there[0], there[0], 1)
+    low, median, high = statistics.quantiles(there, n=4, method="inclusive")
+    return Spread(low, median, high, len(there))
 
 
 def by_turn(results: Results, row: Row, adapter: str, loop: str, at: int | None = None) -> dict[int, float]:
@@ -35,14 +42,50 @@ def by_turn(results: Results, row: Row, adapter: str, loop: str, at: int | None 
     return {number: value for number, value in values.items() if value is not None}
 
 
-def ratios(above: dict[int, float], below: dict[int, float]) -> list[float]:
-    """The ratio of each pair: two turns of the same number."""
-    return [above[number] / below[number] for number in sorted(above.keys() & below.keys())]
+def _by_round(row: Row, values: dict[int, float]) -> Ratios:
+    found: Ratios = {}
+    for number in sorted(values):
+        found.setdefault(number // row.turns, []).append(values[number])
+    return found
+
+
+def ratios(row: Row, above: dict[int, float], below: dict[int, float]) -> Ratios:
+    """The ratios of a row, each of two turns that one library had and two of the other.
+
+    In a pair of turns, who is first had the turn before as well, and finds the caches as it left them; the other finds
+    them full of the first one's. That moves a call by a tenth. The next pair goes the other way round, so the two are
+    one figure, their geometric mean. Where each process has one turn, each pair is a figure.
+    """
+    pairs = {number: above[number] / below[number] for number in above.keys() & below.keys()}
+    found = _by_round(row, pairs)
+    return {
+        number: [math.sqrt(one * other) for one, other in zip(each[::2], each[1::2], strict=False)] or each
+        for number, each in found.items()
+    }
+
+
+def every(found: Ratios) -> list[float]:
+    """The ratios of all rounds."""
+    return list(chain.from_iterable(found.values()))
 
 
 def growth(results: Results, row: Row, adapter: str, loop: str) -> dict[int, float]:
-    """How much more a turn's figure is at the far end of a curve than at the near one."""
+    """How much more an operation costs at the far end of a curve than at the near one, by round."""
     if row.ends is None:
         return {}
-    near, far = (by_turn(results, row, adapter, loop, at) for at in row.ends)
-    return {number: far[number] / near[number] for number in sorted(near.keys() & far.keys())}
+    near, far = (_by_round(row, by_turn(results, row, adapter, loop, at)) for at in row.ends)
+    return {
+        number: statistics.median(far[number]) / statistics.median(near[number])
+        for number in sorted(near.keys() & far.keys())
+    }
+
+
+def relative_growth(results: Results, row: Row, adapter: str, to: str, loop: str) -> dict[int, float]:
+    """The growth of one library over that of another, by round: their ratio at the far end over the near one's."""
+    if row.ends is None:
+        return {}
+    near, far = (ratios(row, *(by_turn(results, row, name, loop, at) for name in (adapter, to))) for at in row.ends)
+    return {
+        number: statistics.median(far[number]) / statistics.median(near[number])
+        for number in sorted(near.keys() & far.keys())
+    }

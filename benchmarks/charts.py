@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks.adapters import ADAPTERS
-from benchmarks.arithmetic import by_turn, ratios, spread
+from benchmarks.arithmetic import by_turn, every, ratios, spread
 from benchmarks.figures import Results
 from benchmarks.report import loops, median, number
 from benchmarks.rows import ROWS, Row
@@ -64,14 +64,14 @@ def _save(figure: Figure, place: Path) -> None:
 
 
 def groups(results: Results) -> list[Group]:
-    """What the bars show: each row that is no curve and that the reference has."""
+    """What the bars show: each row that is no curve, and is no part of another."""
     found: list[Group] = []
     for row in ROWS.values():
-        for loop in [] if row.ends else loops(results, row):
+        for loop in [] if row.ends or row.name == "import-beyond" else loops(results, row):
             plain = by_turn(results, row, "plain", loop)
             each: list[tuple[str, float, str]] = []
             for name in COMPARED:
-                times = spread(ratios(by_turn(results, row, name, loop), plain))
+                times = spread(every(ratios(row, by_turn(results, row, name, loop), plain)))
                 middle = median(results, row, name, loop)
                 if times is not None and middle is not None:
                     each.append((name, times.median, number(middle, row.unit)))

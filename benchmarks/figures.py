@@ -16,7 +16,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         cpu: Microseconds of the client's process for one call or one delta, in user code and in the kernel.
         wall: Seconds for all operations.
         p50, p99: Milliseconds of a call.
-        first: Milliseconds from asking for a stream to its first delta, the median, before the first turn.
+        first: Milliseconds from asking for a stream to its first text, the median of the first streams of the process.
         memory: KiB of resident memory for one open stream or one waiting call.
         importing: Milliseconds of the import.
         peak: The most MiB of memory the process had so far.

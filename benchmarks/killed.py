@@ -108,7 +108,8 @@ def main() -> None:
             before: dict[str, bytes] = {}
             began = time.monotonic()
             for moment in moments:
-                run(place, url, options.concurrency, kill_at=moment, seconds=options.seconds)
+                code = run(place, url, options.concurrency, kill_at=moment, seconds=options.seconds)
+                assert code == -signal.SIGKILL, "it was done before it could be killed: ask for more requests"
                 after = named(place / "out.jsonl")
                 assert {name: after.get(name) for name in before} == before, "a line is lost or was changed"
                 before = after

@@ -4,18 +4,22 @@ import statistics
 from collections.abc import Iterator
 
 from benchmarks.adapters import ADAPTERS
-from benchmarks.arithmetic import Spread, by_turn, growth, ratios, spread
+from benchmarks.arithmetic import Spread, by_turn, every, growth, ratios, relative_growth, spread
 from benchmarks.figures import Results
 from benchmarks.rows import ROWS, Row
 from benchmarks.targets import Verdict, told
 
 _DETAILS = (("p50", "ms"), ("p99", "ms"), ("first", "ms"), ("peak", "MiB"), ("connections", ""))
-_HEADS = ("p50", "p99", "first delta", "peak memory", "connections")
+_HEADS = ("p50", "p99", "first text", "peak memory", "connections")
+
+_WARM_CONNECTIONS = 16  # of the streams whose texts are compared, which come before those that are measured
+BUSY = 0.9  # of its core: then what is measured waits for the server
 
 _HOW_TO_READ = """\
 CPU time of the client's process for a call or a delta, time on the wall for calls at once, resident memory. Each figure
-is the median of its turns. The last column is the median of the ratios of neighbouring turns, and the quartiles of
-these ratios.
+is the median of its turns; figures of one line were measured side by side, those of two lines were not. The last column
+is the median of the ratios of neighbouring turns (calls at once, memory and imports: of processes one after another),
+and the quartiles of these ratios.
 """
 
 
@@ -31,11 +35,11 @@ def number(value: float, unit: str = "") -> str:
 
 
 def ratio(found: Spread | None) -> str:
-    """A ratio and, behind it, where the middle half of its pairs lies."""
+    """A ratio and, behind it, where the middle half of what it is made of lies."""
     if found is None:
         return ""
     if found.count == 1:
-        return f"{found.median:.2f} (one pair)"
+        return f"{found.median:.2f} (one)"
     return f"{found.median:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
@@ -52,7 +56,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def median(results: Results, row: Row, adapter: str, loop: str, at: int | None = None) -> float | None:
     """The median of a library's turns."""
-    found = spread(list(by_turn(results, row, adapter, loop, at).values()))
+    found = spread(by_turn(results, row, adapter, loop, at).values())
     return None if found is None else found.median
 
 
@@ -67,7 +71,7 @@ def _cells(results: Results, row: Row, loop: str, at: int | None = None) -> Iter
     for adapter in ADAPTERS:
         middle = median(results, row, adapter, loop, at)
         yield "" if middle is None else number(middle, row.unit)
-    yield ratio(spread(ratios(each["ours"], each["plain"])))
+    yield ratio(spread(every(ratios(row, each["ours"], each["plain"]))))
 
 
 def main_table(results: Results) -> str:
@@ -90,14 +94,13 @@ def curve_table(results: Results, row: Row) -> str:
         if any((run.row, run.at) == (row.name, point.at) for run in results.runs)
     ]
     assert row.ends is not None
-    each = {name: growth(results, row, name, loop) for name in ADAPTERS}
-    grown = [spread(list(values.values())) for values in each.values()]
+    grown = [spread(growth(results, row, name, loop).values()) for name in ADAPTERS]
     if any(grown):
         rows.append(
             [
                 f"{row.ends[1]:,} / {row.ends[0]:,}",
                 *("" if one is None else f"{one.median:.2f} ×" for one in grown),
-                ratio(spread(ratios(each["ours"], each["plain"]))),
+                ratio(spread(relative_growth(results, row, "ours", "plain", loop).values())),
             ]
         )
     return table(["", *(adapter.title for adapter in ADAPTERS.values()), "ours / by hand"], rows)
@@ -123,6 +126,22 @@ def details(results: Results) -> str:
     return table(["", "loop", "", *_HEADS], rows) if rows else ""
 
 
+def doubts(results: Results) -> list[str]:
+    """What makes figures of a library mean less than they seem to: more requests or connections, or a busy server."""
+    found: dict[str, None] = {}
+    for run in results.runs:
+        row, figures, title = ROWS[run.row], run.figures, ADAPTERS[run.adapter].title
+        where = f"{row.title}{f' ({run.at:,})' if run.at else ''}, {run.loop}: {title}"
+        allowed = next(point.concurrency for point in row.points if point.at == run.at) + _WARM_CONNECTIONS
+        if figures.repeated:
+            found[f"{where} repeated requests"] = None
+        if figures.connections is not None and figures.connections > allowed and row.work in ("calls", "streams"):
+            found[f"{where} opened connections anew"] = None
+        if figures.server is not None and figures.server > BUSY:
+            found[f"{where} kept the server busy"] = None
+    return list(found)
+
+
 def page(results: Results, verdicts: list[Verdict]) -> str:
     """All of it."""
     machine = results.machine
@@ -142,6 +161,8 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
         parts += ["What else was seen, medians:\n", text]
     if verdicts:
         parts += ["Against the targets:\n", "\n".join(f"- {told(verdict)}" for verdict in verdicts) + "\n"]
+    if found := doubts(results):
+        parts += ["To be taken with caution:\n", "\n".join(f"- {doubt}" for doubt in found) + "\n"]
     if results.left_out:
         parts += ["Left out:\n", "\n".join(f"- {why}" for why in results.left_out) + "\n"]
     return "\n".join(parts)

@@ -19,7 +19,7 @@ from benchmarks import machine
 from benchmarks.adapters import ADAPTERS, MissingLibraryError, missing
 from benchmarks.child import READY
 from benchmarks.figures import Figures, Results, Run
-from benchmarks.rows import QUICK, QUICK_LENGTH, QUICK_TURNS, Point, Row
+from benchmarks.rows import MOST_TOGETHER, QUICK, QUICK_LENGTH, QUICK_TURNS, Point, Row
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 900  # seconds of one turn, or until a process is ready for its first
@@ -104,7 +104,7 @@ def takes_part(row: Row, adapter: str, loop: str, number: int, plan: Plan) -> bo
     if adapter in row.without:
         return False
     if row.name == "import-beyond":
-        return kind == "ours"
+        return kind in ("ours", "reference")
     if kind in ("ours", "reference"):
         return True
     if plan.quick and not row.quick:
@@ -138,26 +138,28 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 def groups(row: Row, adapters: list[str], number: int, *, quick: bool) -> list[list[Part]]:
     """Who does what in a round, in groups of those that take turns; one group after another.
 
-    Where a row has turns, ours and the reference are one group, with all places of a curve. Everything else is alone:
-    connections would expire while others have their turn, and a row without turns has no room for a second process.
+    Where a row has turns, ours and the reference are one group, with the places of a curve that have room for others.
+    Everything else is alone: connections would expire while others have their turn, and a row without turns has no room
+    for a second process.
     Every other round goes the other way, so that a drift of the machine hits all.
     """
     together: list[Part] = []
     found: list[list[Part]] = []
     for adapter in adapters:
         kind = ADAPTERS[adapter].kind
-        turns = row.turns if kind in ("ours", "reference") else row.peer_turns
         for point in places(row, number, quick=quick):
             load = load_of(point, peer=kind == "peer", quick=quick)
             if load is None:
                 continue
+            beside_others = row.turns > 1 and kind in ("ours", "reference") and load.concurrency <= MOST_TOGETHER
+            turns = row.turns if beside_others else row.turns_alone
             part = Part(
                 adapter=adapter,
                 load=load,
                 turns=min(turns, QUICK_TURNS) if quick else turns,
                 heap=number * GOLDEN % 1 if row.work == "cold calls" else 0.0,
             )
-            if row.turns > 1 and kind in ("ours", "reference"):
+            if beside_others:
                 together.append(part)
             else:
                 found.append([part])
@@ -288,7 +290,8 @@ def command(part: Part, row: Row, loop: str, server: Server) -> list[str]:
 def importing(adapter: str, row: Row, server: Server) -> Figures:
     """Time an import in a fresh interpreter."""
     pinned = "" if server.client_core is None else f"os.sched_setaffinity(0, {{{server.client_core}}})"
-    before = BEYOND if row.name == "import-beyond" else ""
+    # What ours adds, beside what there is without it.
+    before = BEYOND if (adapter, row.name) == ("ours", "import-beyond") else ""
     program = _IMPORT.format(core=pinned, before=before, name=ADAPTERS[adapter].imports)
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -345,6 +348,7 @@ class Session:
                     failed.add(adapter)
                     why = "took too long" if isinstance(problem, subprocess.TimeoutExpired) else "failed"
                     self.left_out.append(f"{row.title}, {loop}: {ADAPTERS[adapter].title} {why}")
+        self.runs = [run for run in self.runs if (run.row, run.loop) != (row.name, loop) or run.adapter not in failed]
 
     def _turns(self, row: Row, group: list[Part], loop: str, number: int) -> None:
         runs: list[Run] = []

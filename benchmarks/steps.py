@@ -1,13 +1,14 @@
 """Measure what each part of the client adds: `python -m benchmarks.steps [call|paced|burst|burst-gathered ...]`.
 
 From aiohttp's session, set up as the client sets it up, each step does one thing more that the client does; the last is
-the client. All take turns, as in `python -m benchmarks`, and each ratio is over the same by hand.
+the client. Each takes turns with the same by hand, as in `python -m benchmarks`, two processes at a time: with more,
+those that wait long would have to open their connections anew.
 """
 
 import argparse
 from contextlib import ExitStack
 
-from benchmarks.arithmetic import spread
+from benchmarks.arithmetic import Spread, every, ratios, spread
 from benchmarks.report import ratio, table
 from benchmarks.rows import LOOPS, ROWS, Row
 from benchmarks.runner import Child, Part, command, in_turn, serving
@@ -31,33 +32,30 @@ STEPS = {
 STEPS["burst"] = STEPS["burst-gathered"] = STEPS["paced"]
 
 
-def measured(row: Row, loop: str, rounds: int) -> dict[str, list[float]]:
-    """The CPU of each turn of each step, in microseconds."""
-    adapters = [REFERENCE, *STEPS[row.name]]
-    found: dict[str, list[float]] = {adapter: [] for adapter in adapters}
+def measured(row: Row, adapter: str, loop: str, rounds: int) -> Spread:
+    """The ratio of a step to the same by hand."""
+    found: dict[str, dict[int, float]] = {adapter: {}, REFERENCE: {}}
     with serving() as server:
-        for _ in range(rounds):
+        for number in range(rounds):
             with ExitStack() as stack:
                 children = [
-                    (adapter, stack.enter_context(Child(command(part, row, loop, server))))
-                    for adapter in adapters
-                    for part in [Part(adapter=adapter, load=row.points[0], turns=row.turns)]
+                    (name, stack.enter_context(Child(command(part, row, loop, server))))
+                    for name in found
+                    for part in [Part(adapter=name, load=row.points[0], turns=row.turns)]
                 ]
-                for _, (adapter, child) in in_turn(children, row.turns):
+                for turn, (name, child) in in_turn(children if number % 2 == 0 else children[::-1], row.turns):
                     cpu = child.turn().cpu
                     assert cpu is not None
-                    found[adapter].append(cpu)
-    return found
+                    found[name][number * row.turns + turn] = cpu
+    over_by_hand = spread(every(ratios(row, found[adapter], found[REFERENCE])))
+    assert over_by_hand is not None
+    return over_by_hand
 
 
-def page(row: Row, loop: str, found: dict[str, list[float]]) -> str:
+def page(row: Row, loop: str, rounds: int) -> str:
     """A table of the steps, each over the same by hand."""
-    by_hand = found[REFERENCE]
-    lines = [
-        [text, ratio(spread([ours / plain for ours, plain in zip(found[adapter], by_hand, strict=True)]))]
-        for adapter, text in STEPS[row.name].items()
-    ]
-    return table([f"{row.title} ({loop}, {len(by_hand)} turns)", "over by hand"], lines)
+    lines = [[text, ratio(measured(row, adapter, loop, rounds))] for adapter, text in STEPS[row.name].items()]
+    return table([f"{row.title} ({loop}, {rounds} rounds of {row.turns} turns)", "over by hand"], lines)
 
 
 def main() -> None:
@@ -72,7 +70,7 @@ def main() -> None:
     if unknown := sorted(set(options.rows) - set(STEPS)):
         parser.error(f"there are no steps of {unknown[0]!r}")
     for row in options.rows:
-        print(page(ROWS[row], options.loop, measured(ROWS[row], options.loop, options.rounds)), flush=True)
+        print(page(ROWS[row], options.loop, options.rounds), flush=True)
 
 
 if __name__ == "__main__":
