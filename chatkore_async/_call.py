@@ -427,7 +427,7 @@ class Call(Deadline):
             self.exchange = None
         self._first_token_at = self.waiting_since = NEVER  # no server is waited for during a back-off
         attempt = notes.end_attempt(self.route.now(), type(error).__name__, error._reported_id)
-        notes.attempts.append(attempt)
+        notes.attempts += (attempt,)
         notes.failed = True
         if logger.isEnabledFor(logging.DEBUG):
             self._log(attempt, type(error).__name__)

@@ -20,21 +20,23 @@ NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 _GRACE_TURNS = 16
 
 # Seconds of silence, seconds between probes, probes: where the platform has them.
-_KEEP_ALIVE = {
-    getattr(socket, name): value
+_KEEP_ALIVE = [
+    (getattr(socket, name), value)
     for name, value in {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}.items()
     if hasattr(socket, name)
-}
+]
 
 
 def open_socket(address: Any) -> socket.socket:
     """Make a socket that notices a peer that is gone: NATs and firewalls drop idle connections silently."""
     family, kind, protocol, _, _ = address
     opened = socket.socket(family, kind, protocol)
-    with contextlib.suppress(OSError):  # a nicety, which not every platform has
+    try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEP_ALIVE.items():
+        for option, value in _KEEP_ALIVE:
             opened.setsockopt(socket.IPPROTO_TCP, option, value)
+    except OSError:
+        pass  # a nicety, which not every platform has
     return opened
 
 
@@ -89,7 +91,8 @@ class Connector(aiohttp.TCPConnector):
 
     def __init__(self, deadlines: Deadlines, cork: Cork | None, **options: Any) -> None:
         super().__init__(**options)  # pyright: ignore[reportUnknownMemberType]
-        self.writings = Writings(asyncio.get_running_loop())
+        self._here = asyncio.get_running_loop()  # to find it is a system call on 3.11
+        self.writings = Writings(self._here)
         self._cork = cork
         # Weak, as in `_keep`: a deadline leads to its call and so to its pool, which could not be collected.
         self._deadlines = weakref.ref(deadlines)
@@ -114,10 +117,10 @@ class Connector(aiohttp.TCPConnector):
             opening.give_up(ClientClosedError("the client was closed"))
 
     async def _create_connection(self, req: Any, traces: Any, timeout: aiohttp.ClientTimeout) -> Any:
-        task, deadlines = asyncio.current_task(), self._deadlines()
+        loop = self._here
+        task, deadlines = asyncio.current_task(loop), self._deadlines()
         assert task is not None
         assert deadlines is not None, "whoever asks for a connection holds the pool"
-        loop = asyncio.get_running_loop()
         opening = _Opening(task, loop, timeout.sock_connect)
         deadlines.watch(opening)
         self.opening[task] = opening

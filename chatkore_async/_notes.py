@@ -43,7 +43,7 @@ class Notes(Head, kw_only=True, gc=False):
     started: float
     began: float
     ended: float | None = None
-    attempts: list[Attempt] = []  # those that failed
+    attempts: tuple[Attempt, ...] = ()  # those that failed; none have no list of their own
     waited: float = 0.0
     failed: bool = False
     sent: float | None = None

@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from http.cookies import SimpleCookie
 from typing import Any, Final, cast
 
 import aiohttp
@@ -22,6 +23,16 @@ from aiohttp import hdrs
 
 ACCEPT_ENCODING: Final = aiohttp.ClientRequest.DEFAULT_HEADERS[hdrs.ACCEPT_ENCODING]
 """What aiohttp can decompress here; to be a header of the session, since `Request` adds none."""
+
+
+class NoCookies(aiohttp.DummyCookieJar):
+    """A jar that is empty, and has one set of none for all requests; each of these would keep one of its own."""
+
+    _NONE: Final = SimpleCookie()
+
+    def filter_cookies(self, request_url: Any) -> SimpleCookie:  # noqa: ARG002 - aiohttp's
+        return self._NONE
+
 
 _WRITING: Final = aiohttp.ClientRequest.write_bytes.__code__
 _send: Final = aiohttp.ClientRequest.send

@@ -35,7 +35,7 @@ from ._notes import Notes
 from ._options import Outgoing, Settings
 from ._proxies import checked_proxy, environment_proxy
 from ._retry import Bucket
-from ._sending import ACCEPT_ENCODING, REQUEST_CLASS
+from ._sending import ACCEPT_ENCODING, REQUEST_CLASS, NoCookies
 from ._slots import Slots
 from ._words import MAX_BODY
 from .errors import ChatKoreError, ConfigurationError, InvalidRequestError, InvalidResponseError
@@ -232,7 +232,7 @@ class Pool:
         return aiohttp.ClientSession(
             connector=self.connector,
             headers=merge_headers({"Accept-Encoding": ACCEPT_ENCODING}, headers),
-            cookie_jar=aiohttp.DummyCookieJar(),
+            cookie_jar=NoCookies(),
             request_class=REQUEST_CLASS,
             timeout=NO_TIMEOUT,
             max_line_size=HEADER_LIMIT,

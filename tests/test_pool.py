@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import socket
 import ssl
 import sys
 import weakref
@@ -12,6 +13,7 @@ import pytest
 import trustme
 
 from chatkore_async import APITimeoutError, AsyncChatKore, Limits, PoolStats, Timeout
+from chatkore_async._connector import open_socket
 from chatkore_async._deadlines import NEVER, Deadlines
 from chatkore_async._slots import Slots
 from chatkore_async.testing import ChatKoreServer, Hold, Reply, Stall, completion, cut_after, raw, sse, stream
@@ -32,6 +34,19 @@ def make(server: ChatKoreServer, **options) -> AsyncChatKore:
 async def turns(n: int = 5) -> None:
     for _ in range(n):
         await asyncio.sleep(0)
+
+
+# Sockets.
+
+
+def test_a_socket_notices_a_peer_that_is_gone() -> None:
+    """It asks its peer in silence; where there is no such thing as that, it is a socket all the same."""
+    for kind, noticed in [(socket.SOCK_STREAM, 4), (socket.SOCK_DGRAM, None)]:
+        with open_socket((socket.AF_INET, kind, 0, "", ("127.0.0.1", 0))) as opened:
+            assert opened.type == kind
+            if noticed:
+                assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == noticed
 
 
 # Numbers.

@@ -11,7 +11,7 @@ import pytest
 
 from chatkore_async import APIConnectionError, AsyncChatKore
 from chatkore_async._sending import Request, TogetherRequest, Writings
-from chatkore_async.testing import ChatKoreServer
+from chatkore_async.testing import ChatKoreServer, completion
 
 ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 MANY = 20
@@ -54,6 +54,15 @@ class Tasks:
 
 
 # Headers.
+
+
+async def test_cookies_of_a_server_are_not_sent_back() -> None:
+    """A relay's load balancer sets them, and calls of an API are not to be told apart by them."""
+    async with ChatKoreServer() as server, AsyncChatKore(api_key="k", base_url=server.base_url) as client:
+        server.script(completion("one", headers={"set-cookie": "seen=1"}), completion("two"))
+        for text in ("one", "two"):
+            assert (await client.chat.completions.create(**ASK)).text == text
+        assert "cookie" not in names(server)
 
 
 def names(server: ChatKoreServer) -> list[str]:
