@@ -69,15 +69,12 @@ def every(found: Ratios) -> list[float]:
     return list(chain.from_iterable(found.values()))
 
 
-def growth(results: Results, row: Row, adapter: str, loop: str) -> dict[int, float]:
-    """How much more an operation costs at the far end of a curve than at the near one, by round."""
+def growth(results: Results, row: Row, adapter: str, loop: str) -> Ratios:
+    """How much more an operation costs at the far end of a curve than at the near one in turns of the same number."""
     if row.ends is None:
         return {}
-    near, far = (_by_round(row, by_turn(results, row, adapter, loop, at)) for at in row.ends)
-    return {
-        number: statistics.median(far[number]) / statistics.median(near[number])
-        for number in sorted(near.keys() & far.keys())
-    }
+    near, far = (by_turn(results, row, adapter, loop, at) for at in row.ends)
+    return _by_round(row, {number: far[number] / near[number] for number in near.keys() & far.keys()})
 
 
 def relative_growth(results: Results, row: Row, adapter: str, to: str, loop: str) -> dict[int, float]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 # One request in twenty: three kinds of fault that a retry mends, and an answer that breaks off after it was billed.
@@ -50,18 +51,18 @@ def run(place: Path, url: str, concurrency: int, *more: str, kill_at: int | None
     """Run the command; kill it once the output has so many lines. Return its exit status."""
     out = place / "out.jsonl"
     command = ["batch", str(place / "in.jsonl"), str(out), "--base-url", url, "--concurrency", str(concurrency), *more]
-    with (place / "said").open("wb") as said:
+    with (place / "said").open("wb") as said, ExitStack() as stack:
         process = subprocess.Popen(
             [sys.executable, "-m", "chatkore_async.cli", *command],
             env=os.environ | {"CHATKORE_API_KEY": "sk-killed"},
             stdout=said,
             stderr=said,
         )
+        stack.callback(process.kill)  # one that has ended is left alone
         ends = time.monotonic() + seconds
         lines, seen = 0, 0
         while process.poll() is None:
             if time.monotonic() > ends:
-                process.kill()
                 sys.exit(f"it was not done after {seconds:g} s")
             if kill_at is not None:
                 size = out.stat().st_size if out.exists() else 0

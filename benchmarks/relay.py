@@ -33,6 +33,7 @@ AT_MOST = 1.15  # ours over by hand, of both figures
 NEEDS = {"fastapi": ("fastapi", "uvicorn"), "aiohttp": ()}
 BUSY = 0.85  # of the core: beyond it segments queue up, and a delta is not the same work any more
 TIMEOUT = 300  # seconds until a run is given up
+GRACE = 30  # seconds in which a service ends, or is killed
 WARM = 20  # streams before memory is looked at, and those that are there when it is
 STEP = 50  # streams opened at a time while memory is looked at
 SLOW_DELTAS = 200_000  # 50 MB, of which a slow reader takes 1 KB a second
@@ -172,7 +173,11 @@ async def running(name: str, base_url: str, loop: str, core: int | None) -> Asyn
         yield Application(process, int(await process.stdout.readline()))
     finally:
         process.stdin.close()
-        await process.wait()
+        try:
+            await asyncio.wait_for(process.wait(), GRACE)
+        except TimeoutError:
+            process.kill()
+            raise
 
 
 async def until(reached: Callable[[], bool]) -> None:

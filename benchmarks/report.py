@@ -94,7 +94,7 @@ def curve_table(results: Results, row: Row) -> str:
         if any((run.row, run.at) == (row.name, point.at) for run in results.runs)
     ]
     assert row.ends is not None
-    grown = [spread(growth(results, row, name, loop).values()) for name in ADAPTERS]
+    grown = [spread(every(growth(results, row, name, loop))) for name in ADAPTERS]
     if any(grown):
         rows.append(
             [

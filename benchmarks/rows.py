@@ -102,7 +102,7 @@ _EVERY = (
         measure="cpu",
         unit="µs",
         loops=LOOPS,
-        rounds=6,
+        rounds=5,
         turns=2,
         # More of them would want more than a core, and those who cannot keep up find several deltas in a segment.
         points=(Point(concurrency=100, count=100, peers=8),),
@@ -123,7 +123,7 @@ _EVERY = (
         path="later",
         measure="wall",
         unit="s",
-        rounds=8,
+        rounds=6,
         points=(Point(concurrency=5000, count=5000),),
     ),
     Row(
@@ -133,7 +133,7 @@ _EVERY = (
         path="later",
         measure="wall",
         unit="s",
-        rounds=8,
+        rounds=6,
         without=("litellm",),
         points=(Point(concurrency=10_000, count=10_000, peers=10_000),),
     ),
@@ -184,7 +184,7 @@ _EVERY = (
         path="long",
         measure="cpu",
         unit="µs",
-        rounds=3,
+        rounds=5,
         turns=6,
         without=("litellm",),
         points=(

@@ -81,7 +81,10 @@ def serving() -> Iterator[Server]:
     )
     try:
         assert process.stdout is not None
-        yield Server([int(port) for port in process.stdout.readline().split()], client_core)
+        ports = [int(port) for port in process.stdout.readline().split()]
+        if not ports:
+            raise subprocess.SubprocessError("the server of the benchmarks did not start; what it said stands above")
+        yield Server(ports, client_core)
     finally:
         process.communicate()
 

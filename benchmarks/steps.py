@@ -6,12 +6,10 @@ those that wait long would have to open their connections anew.
 """
 
 import argparse
-from contextlib import ExitStack
 
-from benchmarks.arithmetic import Spread, every, ratios, spread
+from benchmarks.beside import Side, over
 from benchmarks.report import ratio, table
 from benchmarks.rows import LOOPS, ROWS, Row
-from benchmarks.runner import Child, Part, command, in_turn, serving
 
 REFERENCE = "plain"
 STEPS = {
@@ -32,29 +30,12 @@ STEPS = {
 STEPS["burst"] = STEPS["burst-gathered"] = STEPS["paced"]
 
 
-def measured(row: Row, adapter: str, loop: str, rounds: int) -> Spread:
-    """The ratio of a step to the same by hand."""
-    found: dict[str, dict[int, float]] = {adapter: {}, REFERENCE: {}}
-    with serving() as server:
-        for number in range(rounds):
-            with ExitStack() as stack:
-                children = [
-                    (name, stack.enter_context(Child(command(part, row, loop, server))))
-                    for name in found
-                    for part in [Part(adapter=name, load=row.points[0], turns=row.turns)]
-                ]
-                for turn, (name, child) in in_turn(children if number % 2 == 0 else children[::-1], row.turns):
-                    cpu = child.turn().cpu
-                    assert cpu is not None
-                    found[name][number * row.turns + turn] = cpu
-    over_by_hand = spread(every(ratios(row, found[adapter], found[REFERENCE])))
-    assert over_by_hand is not None
-    return over_by_hand
-
-
 def page(row: Row, loop: str, rounds: int) -> str:
     """A table of the steps, each over the same by hand."""
-    lines = [[text, ratio(measured(row, adapter, loop, rounds))] for adapter, text in STEPS[row.name].items()]
+    lines = [
+        [text, ratio(over(row, Side(adapter, loop), Side(REFERENCE, loop), rounds))]
+        for adapter, text in STEPS[row.name].items()
+    ]
     return table([f"{row.title} ({loop}, {rounds} rounds of {row.turns} turns)", "over by hand"], lines)
 
 

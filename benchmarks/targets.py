@@ -140,10 +140,8 @@ def measured(results: Results, target: Target) -> Ratios:
     if target.kind == "gain":
         return ratios(row, each(OFFICIAL), each("ours"))
     if target.kind == "growth":
-        found = relative_growth(results, row, "ours", "plain", loop)
-    else:
-        found = growth(results, row, "ours", loop)
-    return {number: [value] for number, value in found.items()}
+        return {number: [value] for number, value in relative_growth(results, row, "ours", "plain", loop).items()}
+    return growth(results, row, "ours", loop)
 
 
 def judge(results: Results, rows: list[str], loops: list[str], targets: list[Target] = TARGETS) -> list[Verdict]:

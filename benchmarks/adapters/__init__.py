@@ -42,7 +42,6 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
         imports: What a program imports that uses the library.
         needs: The modules that have to be there.
         distributions: What has a version that matters.
-        merged: Deltas without text that the library takes out of a stream of the server.
     """
 
     title: str
@@ -50,7 +49,6 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     imports: str
     needs: tuple[str, ...]
     distributions: tuple[str, ...]
-    merged: int = 0
 
 
 ADAPTERS = {
