@@ -177,6 +177,7 @@ async def running(name: str, base_url: str, loop: str, core: int | None) -> Asyn
             await asyncio.wait_for(process.wait(), GRACE)
         except TimeoutError:
             process.kill()
+            await process.wait()
             raise
 
 

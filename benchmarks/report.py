@@ -12,7 +12,6 @@ from benchmarks.targets import Verdict, told
 _DETAILS = (("p50", "ms"), ("p99", "ms"), ("first", "ms"), ("peak", "MiB"), ("connections", ""))
 _HEADS = ("p50", "p99", "first text", "peak memory", "connections")
 
-_WARM_CONNECTIONS = 16  # of the streams whose texts are compared, which come before those that are measured
 BUSY = 0.9  # of its core: then what is measured waits for the server
 
 _HOW_TO_READ = """\
@@ -132,7 +131,7 @@ def doubts(results: Results) -> list[str]:
     for run in results.runs:
         row, figures, title = ROWS[run.row], run.figures, ADAPTERS[run.adapter].title
         where = f"{row.title}{f' ({run.at:,})' if run.at else ''}, {run.loop}: {title}"
-        allowed = next(point.concurrency for point in row.points if point.at == run.at) + _WARM_CONNECTIONS
+        allowed = next(point.concurrency for point in row.points if point.at == run.at)
         if figures.repeated:
             found[f"{where} repeated requests"] = None
         if figures.connections is not None and figures.connections > allowed and row.work in ("calls", "streams"):

@@ -52,7 +52,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
 
     def held(self, value: float) -> bool:
-        """Whether a figure is at least where it is held."""
+        """Whether a figure is no worse than where it is held."""
         if self.held_at is None:
             return False
         return value <= self.held_at if self.at_least is None else value >= self.held_at

@@ -20,11 +20,11 @@ NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 _GRACE_TURNS = 16
 
 # Seconds of silence, seconds between probes, probes: where the platform has them.
-_KEEP_ALIVE = [
+_KEEP_ALIVE = tuple(
     (getattr(socket, name), value)
     for name, value in {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}.items()
     if hasattr(socket, name)
-]
+)
 
 
 def open_socket(address: Any) -> socket.socket:
@@ -91,8 +91,8 @@ class Connector(aiohttp.TCPConnector):
 
     def __init__(self, deadlines: Deadlines, cork: Cork | None, **options: Any) -> None:
         super().__init__(**options)  # pyright: ignore[reportUnknownMemberType]
-        self._here = asyncio.get_running_loop()  # to find it is a system call on 3.11
-        self.writings = Writings(self._here)
+        self._own_loop = asyncio.get_running_loop()  # to find it is a system call on 3.11
+        self.writings = Writings(self._own_loop)
         self._cork = cork
         # Weak, as in `_keep`: a deadline leads to its call and so to its pool, which could not be collected.
         self._deadlines = weakref.ref(deadlines)
@@ -117,7 +117,7 @@ class Connector(aiohttp.TCPConnector):
             opening.give_up(ClientClosedError("the client was closed"))
 
     async def _create_connection(self, req: Any, traces: Any, timeout: aiohttp.ClientTimeout) -> Any:
-        loop = self._here
+        loop = self._own_loop
         task, deadlines = asyncio.current_task(loop), self._deadlines()
         assert task is not None
         assert deadlines is not None, "whoever asks for a connection holds the pool"

@@ -43,7 +43,7 @@ class Notes(Head, kw_only=True, gc=False):
     started: float
     began: float
     ended: float | None = None
-    attempts: tuple[Attempt, ...] = ()  # those that failed; none have no list of their own
+    attempts: tuple[Attempt, ...] = ()  # those that failed; no list, which each call would keep empty
     waited: float = 0.0
     failed: bool = False
     sent: float | None = None

@@ -25,17 +25,18 @@ ACCEPT_ENCODING: Final = aiohttp.ClientRequest.DEFAULT_HEADERS[hdrs.ACCEPT_ENCOD
 """What aiohttp can decompress here; to be a header of the session, since `Request` adds none."""
 
 
-class NoCookies(aiohttp.DummyCookieJar):
-    """A jar that is empty, and has one set of none for all requests; each of these would keep one of its own."""
-
-    _NONE: Final = SimpleCookie()
-
-    def filter_cookies(self, request_url: Any) -> SimpleCookie:  # noqa: ARG002 - aiohttp's
-        return self._NONE
-
-
 _WRITING: Final = aiohttp.ClientRequest.write_bytes.__code__
 _send: Final = aiohttp.ClientRequest.send
+
+
+class NoCookies(aiohttp.DummyCookieJar):
+    """A jar without cookies, and one empty set of them for all requests: each that waits would hold one of its own."""
+
+    _EMPTY: Final = SimpleCookie()  # nobody fills it: that takes cookies given with a request, and there are none
+
+    def filter_cookies(self, request_url: Any) -> SimpleCookie:  # noqa: ARG002 - aiohttp's
+        """Return the empty set."""
+        return self._EMPTY
 
 
 class Request(aiohttp.ClientRequest):

@@ -56,6 +56,10 @@ class Tasks:
 # Headers.
 
 
+def names(server: ChatKoreServer) -> list[str]:
+    return [name.lower() for name, _ in server.requests[-1].headers.items()]
+
+
 async def test_cookies_of_a_server_are_not_sent_back() -> None:
     """A relay's load balancer sets them, and calls of an API are not to be told apart by them."""
     async with ChatKoreServer() as server, AsyncChatKore(api_key="k", base_url=server.base_url) as client:
@@ -63,10 +67,6 @@ async def test_cookies_of_a_server_are_not_sent_back() -> None:
         for text in ("one", "two"):
             assert (await client.chat.completions.create(**ASK)).text == text
         assert "cookie" not in names(server)
-
-
-def names(server: ChatKoreServer) -> list[str]:
-    return [name.lower() for name, _ in server.requests[-1].headers.items()]
 
 
 async def test_headers_arrive_once_and_behind_the_host(client: AsyncChatKore, server: ChatKoreServer) -> None:
