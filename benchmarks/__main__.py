@@ -25,10 +25,9 @@ BUSY = 0.5  # processes that want a core, beside these
 
 def count(text: str) -> int:
     """A number from 1, for `argparse`."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it takes a whole number from 1, not {text!r}")
+    return int(text)
 
 
 def arguments() -> argparse.ArgumentParser:
