@@ -23,8 +23,9 @@ from ._notes import Head, Notes
 from ._options import Outgoing
 from ._responses import Usage
 from ._retry import Retries, retry
+from ._route import Route
 from ._slots import Slots
-from ._transport import Exchange, Pool, Route
+from ._transport import Exchange, Pool
 from ._words import MAX_BODY, masked
 from .errors import APIError, APIStatusError, APITimeoutError, ConfigurationError, Phase, StreamStalledError
 

@@ -34,12 +34,14 @@ from ._manager import SessionManager
 from ._meta import PoolStats
 from ._options import OPTION_NAMES, CallOptions, CallParams, Outgoing, Settings, with_max_retries
 from ._protocol import is_finished, read_completion, read_models
+from ._proxies import checked_proxy
 from ._ratelimiter import RateLimiter
 from ._requests import ChatCompletionRequest
 from ._responses import ChatCompletion, Model
 from ._retry import Bucket
+from ._route import Route
 from ._stream import ChatStream
-from ._transport import Route, Session, checked_proxy
+from ._transport import Session
 from ._workers import Ask, Requests
 from .errors import ConfigurationError, InvalidRequestError
 
@@ -237,7 +239,7 @@ class AsyncChatKore:
 
     def _open_route(self) -> Route:
         pool = self._manager.pool()
-        route = pool.route(self._settings, self._bucket)
+        route = Route.through(pool, self._settings, self._bucket)
         # A new dictionary, since other threads may look into the old one; without what is over.
         there = {loop: known for loop, known in self._routes.items() if known.pool.is_open and not loop.is_closed()}
         self._routes = {**there, pool.loop: route}

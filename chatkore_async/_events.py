@@ -12,10 +12,11 @@ from ._call import Call
 from ._codec import LARGE, is_crowded
 from ._config import Limits
 from ._deadlines import NEVER
+from ._foreign import FOREIGN
 from ._json import BOM
 from ._protocol import CROWDED, begins_event_stream, is_whole, without_done
 from ._sse import Decoder, EventTooLargeError
-from ._transport import FOREIGN, Exchange
+from ._transport import Exchange
 
 _BLANK_LIMIT = 64 * 1024
 

@@ -1,10 +1,11 @@
 """Which proxy a URL goes through, by the rules that curl, Go and Python's own `urllib` follow."""
 
+import base64
 import sys
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ._config import Secret, is_loopback
 from .errors import ConfigurationError
@@ -54,3 +55,15 @@ def checked_proxy(proxy: str) -> str:
             "proxy=False ignores the environment's proxy"
         )
     raise ConfigurationError("proxy must be an http:// or https:// URL, None for the environment's, or False for none")
+
+
+def authorized(headers: Mapping[str, str] | None, url: str, proxy: str) -> Mapping[str, str] | None:
+    """Add the proxy's user name and password to a request that a proxy reads itself, as it does without TLS.
+
+    aiohttp does so too, but 3.13 forgets it when a connection is used again.
+    """
+    if not url.startswith("http://") or "@" not in proxy:
+        return headers
+    parts = urlsplit(proxy)
+    login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode("latin1", "replace")
+    return {**(headers or {}), "Proxy-Authorization": Secret(f"Basic {base64.b64encode(login).decode()}")}

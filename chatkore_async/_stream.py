@@ -446,7 +446,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         self._ended = True
         try:
             assert call.exchange is not None
-            await call.exchange.drain(call.pool, call.outgoing.url)
+            await call.exchange.drain(call.outgoing.url)
         finally:
             call.end("ok", usage=self._merged.usage)
 

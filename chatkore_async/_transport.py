@@ -1,25 +1,23 @@
-"""One event loop's pool: its aiohttp session, and one request after another through it.
+"""One event loop's pool: its aiohttp session, the places in it, and what became of each request.
 
-What comes out of here is ours: a `Route` for requests, an `Exchange` that is read and let go, and errors of our tree.
+What comes out of here is ours: an `Exchange` that is read and let go, and errors of our tree.
 """
 
 import asyncio
-import base64
 import contextlib
-import io
 import ssl as _ssl
 import urllib.request
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import aiohttp
 
-from ._config import Limits, Secret, merge_headers
+from ._config import Limits, merge_headers
 from ._connector import NO_TIMEOUT, Connector, Keeper, close, open_socket
 from ._cork import WORTHWHILE, Cork
-from ._deadlines import NEVER, Deadlines
+from ._deadlines import Deadlines
 from ._foreign import (
     FOREIGN,
     UNSENDABLE,
@@ -32,17 +30,12 @@ from ._foreign import (
 )
 from ._meta import PoolStats
 from ._notes import Notes
-from ._options import Outgoing, Settings
-from ._proxies import checked_proxy, environment_proxy
-from ._retry import Bucket
 from ._sending import ACCEPT_ENCODING, REQUEST_CLASS, NoCookies
 from ._slots import Slots
 from ._words import MAX_BODY
 from .errors import ChatKoreError, ConfigurationError, InvalidRequestError, InvalidResponseError
 
 Session = aiohttp.ClientSession
-
-__all__ = ["FOREIGN", "Exchange", "Pool", "Route", "Session", "checked_proxy", "mapped"]
 
 HEADER_LIMIT = 64 * 1024
 """Bytes of one header. aiohttp's 8 KiB are less than some gateways send; more than this is a flood."""
@@ -53,7 +46,6 @@ DRAIN_SECONDS = 0.25
 
 _FOREVER = 1e9  # aiohttp 3.13 has no other way to say it
 _UNANSWERED = (*FOREIGN, TypeError, ConnectTimeoutError)
-_LARGE_BODY = 512 * 1024  # aiohttp warns of bytes above 1 MiB, and writes them in one go
 
 
 class Exchange:
@@ -121,13 +113,13 @@ class Exchange:
         self.content.set_exception(None)  # type: ignore[arg-type]
         return self.content.read_nowait()
 
-    async def drain(self, pool: "Pool", url: str) -> None:
+    async def drain(self, url: str) -> None:
         """Read off what follows the end of a stream, within bounds, so that the connection can be used again.
 
         A host that does not end its bodies is remembered, and not waited for again.
         """
-        content = self.content
-        if content.at_eof():
+        pool, content = self._pool, self.content
+        if pool is None or content.at_eof():
             self.let_go()
             return
         host = urlsplit(url).netloc
@@ -172,7 +164,17 @@ class Exchange:
 
 
 class Pool:
-    """What one event loop uses: a session, places, deadlines."""
+    """What one event loop uses: a session, places, deadlines.
+
+    Attributes:
+        session: aiohttp's, ours or the caller's.
+        headers: what `session` adds to each request, where it is ours.
+        proxied: the session of what goes through a proxy, where `session` is ours.
+        environment: the proxies that the environment names.
+        connector: opens the connections of both sessions; `None` where `session` is the caller's.
+        reused: how many requests found a connection that was open.
+        limits_hosts: whether there are places for each host, too.
+    """
 
     def __init__(
         self,
@@ -202,7 +204,7 @@ class Pool:
             self.headers: Mapping[str, str] | None = None
             return
         self.headers = headers
-        self._environment = urllib.request.getproxies()
+        self.environment = urllib.request.getproxies()
         self.connector = Connector(
             self.deadlines,
             Cork(loop, self.slots) if WORTHWHILE else None,
@@ -215,11 +217,11 @@ class Pool:
         self.session = self._make_session(headers)
         # aiohttp sends a session's own headers to the proxy as well, our key as its `Proxy-Authorization`. So what goes
         # through a proxy has a session that knows nothing.
-        self._proxied = self._make_session(
+        self.proxied = self._make_session(
             {name: value for name, value in headers.items() if name.lower() == "user-agent"}
         )
         self._keeper = Keeper(
-            (self.session, self._proxied),
+            (self.session, self.proxied),
             self.connector,
             pool=weakref.ref(self),
             deadlines=self.deadlines,
@@ -254,40 +256,15 @@ class Pool:
             slots = self._host_slots[host] = Slots(self._per_host)
         return slots
 
-    def route(self, settings: Settings, bucket: Bucket) -> "Route":
-        """Return the way of all requests with these settings.
-
-        Raises:
-            ConfigurationError: the environment names a proxy that cannot be used.
-        """
-        endpoint, session = settings.endpoint, self.session
-        headers: Mapping[str, str] | None = None if endpoint.headers is self.headers else endpoint.headers
-        options: dict[str, Any] = {"allow_redirects": False}
-        if self.connector is None:
-            # Whatever the caller's session does with other answers, ours have to be read.
-            options["raise_for_status"] = False
-            options["auto_decompress"] = True
-        proxy = settings.proxy
-        if proxy is None and self.connector is not None:  # the caller's session has its own ways, such as SOCKS
-            proxy = environment_proxy(endpoint.base_url, self._environment)
-        if proxy:
-            options["proxy"] = proxy
-            if self.connector is not None:
-                session, headers = self._proxied, endpoint.headers
-            headers = _authorized(headers, endpoint.base_url, proxy)
-        if settings.ssl is not None:
-            options["ssl"] = settings.ssl
-        return Route(self, settings, bucket, headers=headers, request=session.request, options=options)
-
     @overload
-    def answered(self, response: aiohttp.ClientResponse, host_place: Slots | None, notes: Notes) -> "Exchange": ...
+    def answered(self, response: aiohttp.ClientResponse, host_place: Slots | None, notes: Notes) -> Exchange: ...
     @overload
     def answered(
         self, response: aiohttp.ClientResponse, host_place: Slots | None, notes: Notes, *, whole: Literal[True]
-    ) -> "Exchange | bytes": ...
+    ) -> Exchange | bytes: ...
     def answered(
         self, response: aiohttp.ClientResponse, host_place: Slots | None, notes: Notes, *, whole: bool = False
-    ) -> "Exchange | bytes":
+    ) -> Exchange | bytes:
         """Return the answer to a request, its body unread, which takes over the places that the caller holds.
 
         Its status and headers are noted down, and how long it took to connect.
@@ -395,109 +372,9 @@ class Pool:
         self.is_open = False
         if self.connector is not None:
             self.session.detach()
-            self._proxied.detach()
+            self.proxied.detach()
             # Private, and there is no public way: a connector with idle connections closes them when it is collected.
             getattr(self.connector, "_conns", {}).clear()
-
-
-class Route:
-    """What is the same for all calls of a client on one event loop, decided once.
-
-    Attributes:
-        pool: the event loop's.
-        settings: of the calls.
-        bucket: the client's retry budget.
-        loop, now, deadlines: the event loop, its clock, and its deadlines.
-        hooks: of the settings.
-        secret: the key, unless it has to be asked for.
-        headers: what an attempt carries beyond its session's headers and its call's own, the key apart.
-        is_plain: whether nothing is to be asked before an attempt, and it needs no headers but its call's.
-        total: seconds that a call may take, `NEVER` for no limit, or none until its limiter admits it.
-        total_of_streams: the same for streams.
-    """
-
-    __slots__ = (
-        "_options",
-        "_request",
-        "bucket",
-        "deadlines",
-        "headers",
-        "hooks",
-        "is_plain",
-        "loop",
-        "now",
-        "pool",
-        "secret",
-        "settings",
-        "total",
-        "total_of_streams",
-    )
-
-    def __init__(
-        self,
-        pool: Pool,
-        settings: Settings,
-        bucket: Bucket,
-        *,
-        headers: Mapping[str, str] | None,
-        request: Callable[..., Awaitable[aiohttp.ClientResponse]],
-        options: dict[str, Any],
-    ) -> None:
-        self.pool = pool
-        self.settings = settings
-        self.bucket = bucket
-        self.loop = pool.loop
-        self.now = pool.loop.time
-        self.deadlines = pool.deadlines
-        self.hooks = settings.hooks
-        key = settings.endpoint.key
-        self.secret = key if isinstance(key, Secret) else Secret()
-        self.headers = headers
-        self.is_plain = (
-            headers is None
-            and isinstance(key, Secret)
-            and settings.limiter is None
-            and not self.hooks
-            and not pool.limits_hosts
-        )
-        self.total = _total(settings, stream=False)
-        self.total_of_streams = _total(settings, stream=True)
-        self._request = request
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.timeout.connect)
-        self._options = {**options, "timeout": timeout}
-
-    def __repr__(self) -> str:
-        return f"<Route to {self.settings.endpoint.base_url}>"
-
-    def with_settings(self, settings: Settings) -> "Route":
-        """Return the route of a call with timeouts or retries of its own; nothing else of the settings may differ."""
-        return Route(
-            self.pool,
-            settings,
-            self.bucket,
-            headers=self.headers,
-            request=self._request,
-            options=self._options,
-        )
-
-    def request(self, outgoing: Outgoing, headers: Mapping[str, str] | None) -> Awaitable[aiohttp.ClientResponse]:
-        """Return a request to be awaited: what comes of it is for `Pool.answered`, what it raises for `raise_ours`.
-
-        Not a coroutine of its own: thousands may wait here. The caller holds a place in the pool's `slots`.
-        """
-        body = outgoing.body
-        return self._request(
-            outgoing.method,
-            outgoing.url,
-            data=io.BytesIO(body) if body is not None and len(body) > _LARGE_BODY else body,
-            headers=headers,
-            **self._options,
-        )
-
-
-def _total(settings: Settings, *, stream: bool) -> float:
-    total = settings.timeout.total_for(stream=stream)
-    return NEVER if total is None or settings.counts_from_admission(stream=stream) else total
 
 
 def _checked(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
@@ -505,15 +382,3 @@ def _checked(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) ->
     if isinstance(owner, asyncio.AbstractEventLoop) and owner is not loop:
         raise ConfigurationError("the session passed as session= belongs to another event loop than the running one")
     return session
-
-
-def _authorized(headers: Mapping[str, str] | None, url: str, proxy: str) -> Mapping[str, str] | None:
-    """Add the proxy's user name and password to a request that a proxy reads itself, as it does without TLS.
-
-    aiohttp does so too, but 3.13 forgets it when a connection is used again.
-    """
-    if not url.startswith("http://") or "@" not in proxy:
-        return headers
-    parts = urlsplit(proxy)
-    login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode("latin1", "replace")
-    return {**(headers or {}), "Proxy-Authorization": Secret(f"Basic {base64.b64encode(login).decode()}")}

@@ -21,6 +21,7 @@ FLOORS = [
     ["_cork", "_sending"],
     ["_connector"],
     ["_transport"],
+    ["_route"],
     ["_call", "_manager"],
     ["_events", "_workers"],
     ["_stream", "_fanout"],
@@ -97,7 +98,14 @@ def test_every_floor_names_rooms_that_exist() -> None:
 @pytest.mark.parametrize(
     "library,rooms",
     [
-        ("aiohttp", {"_foreign", "_sending", "_connector", "_transport", "testing", "integrations/aiohttp_web"}),
+        (
+            "aiohttp",
+            {
+                *("_foreign", "_sending", "_connector", "_transport", "_route"),
+                "testing",
+                "integrations/aiohttp_web",
+            },
+        ),
         ("tenacity", {"_retry"}),
     ],
 )
