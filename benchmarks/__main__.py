@@ -15,19 +15,13 @@ import msgspec
 from benchmarks import report
 from benchmarks.adapters import ADAPTERS
 from benchmarks.figures import Results
+from benchmarks.options import positive
 from benchmarks.rows import LOOPS, ROWS
 from benchmarks.runner import ROOT, Plan, measure
 from benchmarks.targets import TARGETS, judge, status, told
 
 RESULTS = ROOT / "benchmarks" / "results"
 BUSY = 0.5  # processes that want a core, beside these
-
-
-def count(text: str) -> int:
-    """A number from 1, for `argparse`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"it takes a whole number from 1, not {text!r}")
-    return int(text)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -39,7 +33,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapters", metavar="A,B", help=f"some of {','.join(ADAPTERS)} (default: all that are installed)"
     )
-    parser.add_argument("--rounds", type=count, help="rounds of every row (default: the row's own)")
+    parser.add_argument("--rounds", type=positive, help="rounds of every row (default: the row's own)")
     parser.add_argument("--loop", choices=LOOPS, help="one event loop (default: both, where uvloop is installed)")
     parser.add_argument("--check", action="store_true", help="compare with the targets: exit 1 missed, 2 not measured")
     parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="take stored results; measure nothing")

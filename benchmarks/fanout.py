@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.answers import ANSWER
+from benchmarks.options import positive
 from benchmarks.runner import ROOT, Server, serving
 from chatkore_async import AsyncChatKore, Limits
 
@@ -164,10 +165,10 @@ def main() -> None:
     """Parse arguments and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fanout", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of the comparison (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=7, help="rounds of the comparison (default: %(default)s)")
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio")
     parser.add_argument("--million", action="store_true", help="the memory of a million requests instead")
-    parser.add_argument("--requests", type=int, help="that many instead of a million, or of 10,000 in each round")
+    parser.add_argument("--requests", type=positive, help="that many instead of a million, or of 10,000 in each round")
     parser.add_argument("--seconds", type=float, default=1800, help="when to stop the million (default: %(default)s)")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -9,6 +9,7 @@ import sys
 
 from benchmarks.adapters import ADAPTERS
 from benchmarks.beside import Side, over
+from benchmarks.options import positive
 from benchmarks.report import ratio, table
 from benchmarks.rows import ROWS, Row
 
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "rows", nargs="*", default=[*DEFAULT], metavar="ROW", help=f"of {', '.join(DEFAULT)} (default: all)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="new processes of each loop (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5, help="new processes of each loop (default: %(default)s)")
     options = parser.parse_args()
     if unknown := sorted(set(options.rows) - set(DEFAULT)):
         parser.error(f"{unknown[0]!r} is none of {', '.join(DEFAULT)}")

@@ -24,6 +24,7 @@ from benchmarks import machine
 from benchmarks.arithmetic import Spread, spread
 from benchmarks.child import WrongAnswerError, check_texts
 from benchmarks.control import ask
+from benchmarks.options import positive
 from benchmarks.relays import RELAYS
 from benchmarks.relays.serve import Look
 from benchmarks.runner import ROOT, SPARE_FILES, Server, serving
@@ -335,8 +336,8 @@ def main() -> int:
     what.add_argument("--slow", action="store_true", help="the memory while a reader takes 1 KB/s of 50 MB, instead")
     parser.add_argument("--framework", choices=RELAYS, action="append", help="this one (repeatable; default: all)")
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="of the application")
-    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
-    parser.add_argument("--streams", type=int, default=Load().streams, help="at once (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=7, help="default: %(default)s")
+    parser.add_argument("--streams", type=positive, default=Load().streams, help="at once (default: %(default)s)")
     parser.add_argument(
         "--interval", type=int, default=Load().interval, help="ms between deltas (default: %(default)s)"
     )

@@ -8,6 +8,7 @@ those that wait long would have to open their connections anew.
 import argparse
 
 from benchmarks.beside import Side, over
+from benchmarks.options import positive
 from benchmarks.report import ratio, table
 from benchmarks.rows import LOOPS, ROWS, Row
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument(
         "rows", nargs="*", default=[*STEPS], metavar="ROW", help=f"of {', '.join(STEPS)} (default: all)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="new processes of each step (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5, help="new processes of each step (default: %(default)s)")
     parser.add_argument("--loop", choices=LOOPS, default="asyncio", help="default: %(default)s")
     options = parser.parse_args()
     if unknown := sorted(set(options.rows) - set(STEPS)):

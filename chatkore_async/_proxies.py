@@ -1,4 +1,4 @@
-"""Which proxy a URL goes through, by the rules that curl, Go and Python's own `urllib` follow."""
+"""Which proxy a URL goes through, by the rules that curl, Go and Python's own `urllib` follow; and its password."""
 
 import base64
 import sys

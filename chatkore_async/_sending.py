@@ -24,7 +24,6 @@ from aiohttp import hdrs
 ACCEPT_ENCODING: Final = aiohttp.ClientRequest.DEFAULT_HEADERS[hdrs.ACCEPT_ENCODING]
 """What aiohttp can decompress here; to be a header of the session, since `Request` adds none."""
 
-
 _WRITING: Final = aiohttp.ClientRequest.write_bytes.__code__
 _send: Final = aiohttp.ClientRequest.send
 

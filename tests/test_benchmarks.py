@@ -1,5 +1,6 @@
 """The benchmarks: what they count, what they refuse, and what they publish."""
 
+import argparse
 import asyncio
 import gc
 import os
@@ -23,6 +24,7 @@ from benchmarks.beside import Side, over
 from benchmarks.child import WrongAnswerError, check_call, check_count, check_texts, grown, together
 from benchmarks.figures import Figures, Results, Run
 from benchmarks.machine import Machine
+from benchmarks.options import positive
 from benchmarks.rows import LOOPS, ROWS, Point
 from benchmarks.runner import Child, Part, Plan, Session, groups, in_turn, measuring, serving, takes_part
 from benchmarks.server import Counts, Server
@@ -338,6 +340,14 @@ def test_bytecodes_are_counted_and_hardly_differ() -> None:
     assert int(counted) == pytest.approx(int(again), abs=3)  # a segment more or less of some thousand deltas
     assert "bare, burst:" in first
     assert sum("(bare.py:" in line for line in first) >= 1
+
+
+def test_numbers_that_measure_nothing_are_refused() -> None:
+    """No rounds give no figure; it is said before anything is started."""
+    assert positive("3") == 3
+    for text in ("0", "-1", "1.5", "lots", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="a whole number from 1"):
+            positive(text)
 
 
 def test_the_steps_lead_to_the_client() -> None:
